@@ -1,0 +1,1 @@
+"""Measurements: functions that return rows, for `lcab bench` to print and record."""
