@@ -1,0 +1,84 @@
+"""What a kernel promises.
+
+Tensors are ``[batch, tokens, heads, head_dim]`` (flash-attn's order); query heads are a multiple of the
+key/value heads (GQA, head ``h`` reads key/value head ``h // (heads // kv_heads)``). ``lse`` is
+``[batch, heads, tokens]``, natural logarithm, float32 (float64 for float64 inputs), ``-inf`` where a row
+sees no key; ``out`` and every gradient of such a row are zero.
+
+``backward`` accepts an ``out`` and ``lse`` that were merged over more keys than the ``k`` it is given:
+with ``p = exp(scores - lse)`` it returns this key set's share of the gradients. That is what lets a ring,
+a lowering or a double ring stand around any kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lcab_plugin.masks import AttentionMask
+
+
+@dataclass(frozen=True)
+class KernelOptions:
+    """Options of one attention call: softmax ``scale``, logit ``softcap`` (``cap * tanh(s / cap)``), and
+    whether the backward must be bitwise repeatable."""
+
+    scale: float
+    softcap: float | None = None
+    deterministic: bool = False
+
+
+class Kernel(Protocol):
+    """One attention implementation on one device."""
+
+    name: str
+
+    def version(self) -> str:
+        """The library that does the work and its version, for records."""
+
+    def unavailable(self) -> str | None:
+        """Why this kernel cannot run on this machine whatever its input, or None."""
+
+    def unsupported(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: AttentionMask,
+        options: KernelOptions,
+        needs_backward: bool,
+    ) -> str | None:
+        """Why this kernel cannot serve this call, in words that reach the report, or None."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, options: KernelOptions
+    ) -> tuple[Tensor, Tensor]:
+        """``out [b, tq, h, dv]`` in the dtype of ``q``, and ``lse [b, h, tq]``."""
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        mask: AttentionMask,
+        options: KernelOptions,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``dq, dk, dv`` of these keys' share, shaped like ``q, k, v``."""
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The precision of lse and of every merge and sum: float32, and float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def empty_result(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """``out`` and ``lse`` of rows that see no key."""
+    b, t, h, _ = q.shape
+    lse = torch.full((b, h, t), float("-inf"), dtype=accumulation_dtype(q.dtype), device=q.device)
+    return q.new_zeros(b, t, h, v.shape[-1]), lse
