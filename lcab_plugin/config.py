@@ -1,0 +1,116 @@
+"""The plug-in's settings: one spelling in configuration files, Python and flags."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from lcab_plugin import kernels, masks
+from lcab_plugin.context_parallel import AXES, resolve_degrees, strategy_name
+from lcab_plugin.errors import LcabError, unknown
+from lcab_plugin.layout import LAYOUTS
+
+
+class AttentionConfig(BaseModel):
+    """Which kernel, context-parallel strategy, layout and mask family attention uses. Immutable.
+
+    A batch's own mask travels as an argument of the forward call; ``mask`` here names its family.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    kernel: str = Field("sdpa_flash", description="a name of `lcab kernels`")
+    strategy: str = Field("none", description="none, ulysses, ring_p2p, ring_all_gather or usp")
+    ulysses: int | None = Field(None, ge=1, description="Ulysses degree; follows from the world if left out")
+    ring: int | None = Field(None, ge=1, description="ring degree; follows from the world if left out")
+    layout: str = Field("zigzag", description="contiguous or zigzag")
+    mask: str = Field("causal", description="the mask family of the batches, a name of `lcab masks list`")
+    scale: float | None = Field(None, gt=0, description="softmax scale; head_dim ** -0.5 if left out")
+    softcap: float | None = Field(None, gt=0, description="logit soft cap")
+    deterministic: bool = Field(False, description="bitwise repeatable backward")
+
+    @field_validator("kernel")
+    @classmethod
+    def _known_kernel(cls, name: str) -> str:
+        return _known("kernel", name, kernels.names())
+
+    @field_validator("strategy")
+    @classmethod
+    def _known_strategy(cls, name: str) -> str:
+        return strategy_name(name)
+
+    @field_validator("layout")
+    @classmethod
+    def _known_layout(cls, name: str) -> str:
+        return _known("layout", name, LAYOUTS)
+
+    @field_validator("mask")
+    @classmethod
+    def _known_mask(cls, name: str) -> str:
+        return _known("mask", name, masks.names())
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> AttentionConfig:
+        """Settings from a dictionary, such as the ``"lcab"`` section of ``ds_config.json``.
+
+        Raises:
+            LcabError: an unknown key or value; the message names it, and the nearest that exists.
+        """
+        for key in settings:
+            if key not in cls.model_fields:
+                raise unknown("setting", key, cls.model_fields)
+        try:
+            return cls(**settings)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"])
+            reason = first["msg"].removeprefix("Value error, ")
+            raise LcabError(f"setting {key!r} = {first['input']!r}: {reason}") from None
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> AttentionConfig:
+        """Settings from a JSON file.
+
+        Raises:
+            LcabError: the file cannot be read, is not JSON, or holds an unknown key or value.
+        """
+        try:
+            settings = json.loads(Path(path).read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise LcabError(f"cannot read the settings in {str(path)!r}: {error}") from None
+        if not isinstance(settings, dict):
+            raise LcabError(f"{str(path)!r} must hold one JSON object of settings")
+        return cls.from_dict(settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as a plain dictionary, defaults included."""
+        return self.model_dump()
+
+    def degrees(self, size: int) -> dict[str, int]:
+        """The degree of every axis of the strategy over ``size`` ranks.
+
+        Raises:
+            LcabError: the degrees given do not make ``size``.
+        """
+        return resolve_degrees(self.strategy, size, {"ulysses": self.ulysses, "ring": self.ring})
+
+    @property
+    def cp_size(self) -> int | None:
+        """Context-parallel ranks by the degrees given; None where one is left out."""
+        given = {"ulysses": self.ulysses, "ring": self.ring}
+        size = 1
+        for axis in AXES[self.strategy]:
+            degree = given[axis]
+            if degree is None:
+                return None
+            size *= degree
+        return size
+
+
+def _known(kind: str, name: str, choices: Any) -> str:
+    if name not in choices:
+        raise unknown(kind, name, choices)
+    return name

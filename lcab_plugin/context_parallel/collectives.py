@@ -1,0 +1,178 @@
+"""Every call to torch.distributed. No attention here.
+
+Buffers are made contiguous before any ``empty_like``: gloo fills an output of permuted strides wrongly and
+without a word, and the mistake shows only in gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lcab_plugin.errors import LcabError
+
+Group = dist.ProcessGroup
+
+
+def is_initialized() -> bool:
+    """Whether a default process group exists."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank(group: Group | None = None) -> int:
+    """This process's rank in ``group`` (the world if None; 0 without a process group)."""
+    return dist.get_rank(group) if is_initialized() else 0
+
+
+def world_size(group: Group | None = None) -> int:
+    """Number of ranks in ``group`` (the world if None; 1 without a process group)."""
+    return dist.get_world_size(group) if is_initialized() else 1
+
+
+def world() -> Group | None:
+    """The group of all ranks; None without a process group."""
+    return dist.group.WORLD if is_initialized() else None
+
+
+def global_ranks(group: Group | None = None) -> list[int]:
+    """The world's numbers of the ranks of ``group``, in group order."""
+    if not is_initialized():
+        return [0]
+    return dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
+
+
+def new_groups(members: Sequence[Sequence[int]]) -> Group:
+    """Make one group per list of world ranks, all ranks in the same order; returns the one with this rank.
+
+    Collective over the world. Every rank must pass the same lists, and be in exactly one of them.
+    """
+    mine = None
+    for ranks in members:
+        group = dist.new_group(list(ranks))
+        if rank() in ranks:
+            mine = group
+    if mine is None:
+        raise LcabError(f"rank {rank()} is in none of the groups {[list(m) for m in members]}")
+    return mine
+
+
+def barrier(group: Group | None = None) -> None:
+    """Wait for every rank of the group."""
+    if is_initialized():
+        dist.barrier(group)
+
+
+def all_reduce_sum(x: Tensor, group: Group | None = None) -> Tensor:
+    """Sum ``x`` over the group, in place."""
+    if world_size(group) > 1:
+        dist.all_reduce(x, group=group)
+    return x
+
+
+def all_reduce_max(x: Tensor, group: Group | None = None) -> Tensor:
+    """Maximum of ``x`` over the group, in place."""
+    if world_size(group) > 1:
+        dist.all_reduce(x, op=dist.ReduceOp.MAX, group=group)
+    return x
+
+
+def all_gather_object(value: Any, group: Group | None = None) -> list[Any]:
+    """Every rank's ``value``, in group order."""
+    if world_size(group) == 1:
+        return [value]
+    values: list[Any] = [None] * world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def require_agreement(what: str, value: object, group: Group | None = None) -> None:
+    """Raise the same error on every rank unless all of them have the same ``value``.
+
+    Raises:
+        LcabError: names a rank that differs, its value and the first rank's.
+    """
+    values = all_gather_object(value, group)
+    numbers = global_ranks(group)
+    for other, number in zip(values, numbers, strict=True):
+        if other != values[0]:
+            raise LcabError(
+                f"ranks disagree on {what}: rank {numbers[0]} has {values[0]!r}, rank {number} has "
+                f"{other!r}; start every rank with the same settings"
+            )
+
+
+def raise_together(problem: str | None, group: Group | None = None) -> None:
+    """Raise the first rank's problem on every rank, so that none waits for one that stopped.
+
+    Raises:
+        LcabError: some rank of the group has a problem.
+    """
+    problems = all_gather_object(problem, group)
+    for number, text in zip(global_ranks(group), problems, strict=True):
+        if text is not None:
+            raise LcabError(text if world_size(group) == 1 else f"rank {number}: {text}")
+
+
+class RingExchange:
+    """Sends tensors to the next rank of a ring while the previous rank's arrive."""
+
+    def __init__(self, group: Group) -> None:
+        ranks = global_ranks(group)
+        at = rank(group)
+        self._group = group
+        self._next, self._previous = ranks[(at + 1) % len(ranks)], ranks[at - 1]
+        self._works: list[Any] = []
+        self._sent: list[Tensor] = []
+        self._received: list[Tensor] = []
+
+    def start(self, sends: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> None:
+        """Begin to send ``sends`` and to receive tensors of ``shapes``; returns at once."""
+        self._sent = [x.contiguous() for x in sends]
+        self._received = [x.new_empty(tuple(shape)) for x, shape in zip(self._sent, shapes, strict=True)]
+        ops = [dist.P2POp(dist.isend, x, self._next, self._group) for x in self._sent if x.numel()]
+        ops += [dist.P2POp(dist.irecv, x, self._previous, self._group) for x in self._received if x.numel()]
+        self._works = dist.batch_isend_irecv(ops) if ops else []
+
+    def wait(self) -> list[Tensor]:
+        """The previous rank's tensors; what was sent may be reused."""
+        for work in self._works:
+            work.wait()
+        received = self._received
+        self._works, self._sent, self._received = [], [], []
+        return received
+
+
+def all_to_all(sends: Sequence[Tensor], receive_sizes: Sequence[int], group: Group) -> list[Tensor]:
+    """Send the flat tensor ``sends[i]`` to rank i of the group; returns one flat tensor from every rank.
+
+    ``receive_sizes``: elements expected from each rank. One ``all_to_all_single`` with uneven splits.
+    """
+    packed = torch.cat(list(sends))
+    received = packed.new_empty(sum(receive_sizes))
+    dist.all_to_all_single(received, packed, list(receive_sizes), [x.numel() for x in sends], group=group)
+    return list(received.split(list(receive_sizes)))
+
+
+# torch 2.13 renamed these two and deprecates the old names
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def all_gather(x: Tensor, group: Group) -> Tensor:
+    """``x`` of every rank (equal shapes), ``[ranks, *x.shape]``."""
+    size = world_size(group)
+    out = x.new_empty(size * x.shape[0], *x.shape[1:])  # gloo insists on ranks joined along dim 0
+    _all_gather(out, x.contiguous(), group=group)
+    return out.unflatten(0, (size, x.shape[0]))
+
+
+def reduce_scatter(x: Tensor, group: Group) -> Tensor:
+    """Sum ``x [ranks, ...]`` over the group; returns this rank's entry."""
+    x = x.contiguous()
+    out = x.new_empty(x.shape[1:])
+    _reduce_scatter(out, x.flatten(0, 1), group=group)
+    return out

@@ -1,0 +1,240 @@
+"""The context-parallel group as users see it: shards, positions, and attention over it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lcab_plugin import layout as layouts
+from lcab_plugin.attention import AttentionFunction, Local, Operation, require_supported
+from lcab_plugin.context_parallel import collectives
+from lcab_plugin.context_parallel.ring_all_gather import RingAllGather
+from lcab_plugin.context_parallel.ring_p2p import RingP2P
+from lcab_plugin.context_parallel.topology import Axis, build_axes, members_of, resolve_degrees, strategy_name
+from lcab_plugin.context_parallel.ulysses import HeadExchange, ToHeads, ToTokens, require_heads
+from lcab_plugin.errors import LcabError
+from lcab_plugin.kernels.contract import Kernel, KernelOptions
+from lcab_plugin.layout import Layout, View
+from lcab_plugin.masks import AttentionMask
+
+_RINGS: dict[str, type[RingP2P] | type[RingAllGather]] = {
+    "ring_p2p": RingP2P,
+    "ring_all_gather": RingAllGather,
+    "usp": RingP2P,
+}
+
+
+def context_parallel(
+    strategy: str,
+    group: Any = None,
+    *,
+    ulysses: int | None = None,
+    ring: int | None = None,
+    layout: str = "zigzag",
+    mask: AttentionMask | None = None,
+    seqlen: int | None = None,
+) -> ContextParallel:
+    """Split sequences over the ranks of ``group``.
+
+    Collective over the world the first time a strategy needs subgroups (``usp``): call it on every rank.
+
+    Args:
+        strategy: ``ulysses``, ``ring_p2p``, ``ring_all_gather``, ``usp``, ``none``, or Megatron's ``a2a``,
+            ``p2p``, ``all_gather``, ``a2a+p2p``.
+        group: a ProcessGroup, a DeviceMesh, or None for the world.
+        ulysses, ring: degrees; one that is left out follows from the group's size.
+        layout: ``contiguous`` or ``zigzag``.
+        mask, seqlen: shape the layout; either may come later with :meth:`ContextParallel.with_layout`.
+
+    Raises:
+        LcabError: unknown strategy or layout, or degrees that do not make the group's size.
+    """
+    name = strategy_name(strategy)
+    degrees = resolve_degrees(name, len(members_of(group)), {"ulysses": ulysses, "ring": ring})
+    whole, axes = build_axes(group, degrees)
+    if layout not in layouts.LAYOUTS:
+        layouts.make(layout, 1, 1)  # raises with the nearest name
+    cp = ContextParallel(name, whole, axes, layout, None, _Handshake())
+    return cp if mask is None and seqlen is None else cp.with_layout(mask=mask, seqlen=seqlen)
+
+
+class _Handshake:
+    """Whether the ranks have compared a call yet; shared by all layouts of one group."""
+
+    def __init__(self) -> None:
+        self.done = False
+
+
+class ContextParallel:
+    """One strategy over one group, with the layout of one sequence length.
+
+    Attributes: ``strategy``, ``degrees`` (per axis, innermost first), ``size``, ``rank`` (within the group),
+    ``group``, ``layout_name``.
+    """
+
+    def __init__(
+        self,
+        strategy: str,
+        group: collectives.Group | None,
+        axes: dict[str, Axis],
+        layout_name: str,
+        layout: Layout | None,
+        handshake: _Handshake,
+    ) -> None:
+        self.strategy, self.group, self.layout_name = strategy, group, layout_name
+        self.degrees = {name: axis.size for name, axis in axes.items()}
+        self.size = 1
+        for degree in self.degrees.values():
+            self.size *= degree
+        self.rank = sum(axis.index * axis.stride for axis in axes.values())
+        self._axes, self._layout, self._handshake = axes, layout, handshake
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of the current sequence.
+
+        Raises:
+            LcabError: no sequence length was given yet.
+        """
+        if self._layout is None:
+            raise LcabError("this group has no layout yet; make one for the batch: cp.with_layout(mask=mask)")
+        return self._layout
+
+    def with_layout(
+        self, name: str | None = None, *, mask: AttentionMask | None = None, seqlen: int | None = None
+    ) -> ContextParallel:
+        """The same process groups with a layout for the next batch; no collective, layouts are cached.
+
+        Args:
+            name: another layout, or None for the one this group has.
+            mask, seqlen: what the layout is for; one of them.
+        """
+        if seqlen is None and mask is None:
+            raise LcabError("a layout needs the sequence: pass mask= or seqlen=")
+        tokens = seqlen if seqlen is not None else mask.q_len  # type: ignore[union-attr]
+        if mask is not None and tokens != mask.q_len:
+            raise LcabError(f"seqlen={tokens} but the mask is for {mask.q_len} queries; pass one of them")
+        name = name or self.layout_name
+        layout = layouts.make(name, self.size, tokens)
+        if layout is self._layout:
+            return self
+        return ContextParallel(self.strategy, self.group, self._axes, name, layout, self._handshake)
+
+    def shard(self, x: Tensor, dim: int = 1) -> Tensor:
+        """This rank's rows of ``x``, whose dimension ``dim`` is the whole sequence."""
+        return self.layout.shard(x, self.rank, dim)
+
+    def unshard(self, x: Tensor, dim: int = 1) -> Tensor:
+        """The whole sequence from every rank's rows (collective). In backward each rank keeps its own rows of
+        the gradient, as is right when every rank computes the same thing from the whole."""
+        if x.shape[dim] != self.layout.length(self.rank):
+            raise LcabError(
+                f"dimension {dim} has {x.shape[dim]} rows, this rank's shard {self.layout.length(self.rank)}"
+            )
+        return _Unshard.apply(x, dim, self)
+
+    def positions(self, device: torch.device | str | None = None) -> Tensor:
+        """Global positions of this rank's rows, int64 [tokens]: for RoPE, labels and the loss."""
+        return self.layout.positions(self.rank, device)
+
+    def describe(self) -> str:
+        """The strategy as composed, with its degrees and layout."""
+        if self.size == 1:
+            return "none"
+        ring = _RINGS[self.strategy].__name__ if self.strategy in _RINGS else ""
+        inner = f"{ring}({self.degrees['ring']})" if "ring" in self.degrees else "kernel"
+        text = f"Ulysses({self.degrees['ulysses']}) around {inner}" if "ulysses" in self.degrees else inner
+        return f"{self.strategy}: {text}, {self.layout_name} layout"
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: AttentionMask,
+        kernel: Kernel,
+        options: KernelOptions,
+        return_lse: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``out [b, t, h, dv]`` of this rank's rows under the global ``mask``, and ``lse [b, h, t]`` where it
+        is wanted (Ulysses must exchange it)."""
+        self._check(q, k, v, mask, kernel, options)
+        view = View(mask, self.layout, (self.rank,), (self.rank,))
+        op: Operation = Local(kernel)
+        if "ring" in self._axes:
+            op = _RINGS[self.strategy](op, self._axes["ring"])
+        ulysses = self._axes.get("ulysses")
+        if ulysses is None or ulysses.size == 1:
+            return AttentionFunction.apply(q, k, v, op, view, options)
+        exchange = HeadExchange(ulysses, view, q.shape[2], k.shape[2])
+        q, k, v = ToHeads.apply(exchange, q, k, v)
+        out, lse = AttentionFunction.apply(q, k, v, op, ulysses.all_rows(view), options)
+        if return_lse:
+            lse = exchange.to_tokens((lse.transpose(1, 2).unsqueeze(-1),), (exchange.heads,))[0]
+            lse = lse.squeeze(-1).transpose(1, 2)
+        return ToTokens.apply(exchange, out), lse if return_lse else None
+
+    def _check(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, kernel: Kernel, options: KernelOptions
+    ) -> None:
+        """What is wrong with this call, raised on every rank at the group's first call."""
+        problem = None
+        try:
+            self._check_own(q, k, v, mask, kernel, options)
+        except LcabError as error:
+            problem = str(error)
+            if self._handshake.done or self.size == 1:
+                raise
+        if self._handshake.done or self.size == 1:
+            return
+        collectives.raise_together(problem, self.group)
+        call = {
+            "kernel": kernel.name,
+            "options": options,
+            "layout": self.layout_name,
+            "mask": mask.digest,
+            "dtype": str(q.dtype),
+            "batch, heads, kv_heads, head_dim": (q.shape[0], q.shape[2], k.shape[2], q.shape[3]),
+        }
+        collectives.require_agreement("the attention call", call, self.group)
+        self._handshake.done = True
+
+    def _check_own(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, kernel: Kernel, options: KernelOptions
+    ) -> None:
+        if not mask.q_len == mask.k_len == self.layout.seqlen:
+            raise LcabError(
+                f"the mask is for {mask.q_len} queries and {mask.k_len} keys, the layout for "
+                f"{self.layout.seqlen} tokens; use cp.with_layout(mask=mask)"
+            )
+        own = self.layout.length(self.rank)
+        if q.shape[1] != own or k.shape[1] != own:
+            raise LcabError(
+                f"this rank holds {own} of {self.layout.seqlen} tokens, but q has {q.shape[1]} rows and k "
+                f"{k.shape[1]}; shard them with cp.shard(x, dim=1)"
+            )
+        if "ulysses" in self.degrees:
+            require_heads(q.shape[2], k.shape[2], self.degrees["ulysses"])
+        require_supported(kernel, q, k, v, mask, options, torch.is_grad_enabled())
+
+
+class _Unshard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, cp: ContextParallel) -> Tensor:
+        ctx.dim, ctx.cp = dim, cp
+        if cp.size == 1 or cp.group is None:
+            return x.clone()
+        layout, ranks = cp.layout, range(cp.size)
+        longest = max(layout.length(r) for r in ranks)
+        rows = x.movedim(dim, 0)
+        padded = torch.cat((rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])))
+        gathered = collectives.all_gather(padded, cp.group)
+        whole = torch.cat([gathered[r, : layout.length(r)] for r in ranks])
+        order = layout.ascending(tuple(ranks))
+        return (whole if order is None else whole[order.to(x.device)]).movedim(0, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return ctx.cp.shard(grad, ctx.dim), None, None

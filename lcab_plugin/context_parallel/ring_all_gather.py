@@ -1,0 +1,87 @@
+"""All-gather context parallelism (Llama 3, arXiv 2407.21783): every rank sees all keys at once.
+
+Keys and values are gathered again in backward rather than kept, so what is saved stays O(own shard); their
+gradients are reduce-scattered in float32.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from lcab_plugin.attention import Operation, Saved, Sums
+from lcab_plugin.context_parallel import collectives
+from lcab_plugin.context_parallel.topology import Axis
+from lcab_plugin.kernels.contract import KernelOptions, accumulation_dtype
+from lcab_plugin.kernels.merge import RowSum, Softmax
+from lcab_plugin.layout import Layout, View
+
+
+class RingAllGather:
+    """Gathers keys and values along ``axis``, then runs ``inner`` once."""
+
+    def __init__(self, inner: Operation, axis: Axis) -> None:
+        self.inner, self.axis = inner, axis
+
+    def forward(
+        self, total: Softmax, q: Tensor, k: Tensor, v: Tensor, view: View, options: KernelOptions
+    ) -> None:
+        k, v = self._gather(k, view), self._gather(v, view)
+        self.inner.forward(total, q, k, v, self.axis.all_keys(view), options)
+
+    def backward(self, sums: Sums, saved: Saved, view: View, options: KernelOptions) -> None:
+        k, v = self._gather(saved.k, view), self._gather(saved.v, view)
+        dtype = accumulation_dtype(k.dtype)
+        grads = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (k, v)]
+        parts = RowSum.into(grads[0]), RowSum.into(grads[1])
+        self.inner.backward((sums[0], *parts), saved._replace(k=k, v=v), self.axis.all_keys(view), options)
+        for total, grad in zip(sums[1:], grads, strict=True):
+            own = self._reduce_scatter(grad, view)
+            total.add(range(own.shape[1]), own)
+
+    def _gather(self, x: Tensor, view: View) -> Tensor:
+        """``x [b, t, h, d]`` of every rank of the axis, in ascending position."""
+        if self.axis.size == 1 or self.axis.group is None:
+            return x
+        padded, order = _slots(view.layout, _shards(self.axis, view), x.device)
+        x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, padded - x.shape[1]))
+        x = collectives.all_gather(x, self.axis.group).transpose(0, 1).flatten(1, 2)
+        return x if order is None else x.index_select(1, order)
+
+    def _reduce_scatter(self, x: Tensor, view: View) -> Tensor:
+        """The transpose of ``_gather``: this rank's rows of ``x``, summed over the axis."""
+        if self.axis.size == 1 or self.axis.group is None:
+            return x
+        shards = _shards(self.axis, view)
+        padded, order = _slots(view.layout, shards, x.device)
+        if order is not None:
+            spread = x.new_zeros(x.shape[0], padded * self.axis.size, *x.shape[2:])
+            x = spread.index_copy_(1, order, x)
+        own = collectives.reduce_scatter(
+            x.unflatten(1, (self.axis.size, padded)).transpose(0, 1), self.axis.group
+        )
+        return own[:, : sum(map(view.layout.length, shards[self.axis.index]))]
+
+
+def _shards(axis: Axis, view: View) -> tuple[tuple[int, ...], ...]:
+    return tuple(axis.at(view.k_ranks, i) for i in range(axis.size))
+
+
+@lru_cache(maxsize=256)
+def _slots(
+    layout: Layout, shards: tuple[tuple[int, ...], ...], device: torch.device
+) -> tuple[int, Tensor | None]:
+    """Rows every shard is padded to, and the padded row of each position in ascending order (None where the
+    padded rows are that already)."""
+    positions = [
+        torch.cat([torch.arange(r.start, r.stop) for r in layout.rows(ranks)] or [torch.empty(0).long()])
+        for ranks in shards
+    ]
+    padded = max(map(len, positions))
+    slots = torch.cat([i * padded + torch.arange(len(p)) for i, p in enumerate(positions)])
+    order = slots[torch.cat(positions).argsort()]
+    if len(order) == padded * len(shards) and bool((order[1:] > order[:-1]).all()):
+        return padded, None
+    return padded, order.to(device)
