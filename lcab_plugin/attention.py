@@ -64,8 +64,8 @@ class Whole:
 class Local:
     """A kernel on this rank's tensors, cropped to what the mask lets it see."""
 
-    def __init__(self, kernel: Kernel) -> None:
-        self.kernel = kernel
+    def __init__(self, kernel: Kernel, needs_backward: bool) -> None:
+        self.kernel, self.needs_backward = kernel, needs_backward
 
     def forward(
         self, total: Softmax, q: Tensor, k: Tensor, v: Tensor, view: MaskView, options: KernelOptions
@@ -75,7 +75,7 @@ class Local:
             return
         rows, keys = mask.bounds()
         q, k, v, mask = _rows(q, rows), _rows(k, keys), _rows(v, keys), mask.local((rows,), (keys,))
-        require_supported(self.kernel, q, k, v, mask, options, torch.is_grad_enabled())
+        require_supported(self.kernel, q, k, v, mask, options, self.needs_backward)
         total.add(rows, *self.kernel.forward(q, k, v, mask, options))
 
     def backward(self, sums: Sums, saved: Saved, view: MaskView, options: KernelOptions) -> None:
@@ -95,6 +95,11 @@ class Local:
         )
         for total, at, grad in zip(sums, (rows, keys, keys), grads, strict=True):
             total.add(at, grad)
+
+
+def needs_backward(*tensors: Tensor) -> bool:
+    """Whether autograd will ask for the gradient of one of these."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _rows(x: Tensor, rows: range) -> Tensor:
@@ -210,7 +215,8 @@ def attention(
                 f"the mask is for {mask.q_len} queries and {mask.k_len} keys, the tensors have {q.shape[1]} "
                 f"and {k.shape[1]}; build the mask for this length, or pass cp= if these are shards"
             )
-        out, lse = AttentionFunction.apply(q, k, v, Local(chosen), Whole(mask), options)
+        local = Local(chosen, needs_backward(q, k, v))
+        out, lse = AttentionFunction.apply(q, k, v, local, Whole(mask), options)
     return (out, lse) if return_lse else out
 
 

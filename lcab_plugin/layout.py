@@ -51,10 +51,10 @@ class Layout:
         parts = [x.narrow(dim, r.start, len(r)) for r in self.ranges[rank]]
         return torch.cat(parts, dim) if parts else x.narrow(dim, 0, 0)
 
-    def ascending(self, ranks: tuple[int, ...]) -> Tensor | None:
+    def ascending(self, ranks: tuple[int, ...], device: torch.device) -> Tensor | None:
         """Index that brings the rows of ``ranks``, laid end to end in that order, into ascending position;
         None where they already are."""
-        return _ascending_index(self, ranks)
+        return _ascending_index(self, ranks, device)
 
 
 def contiguous(seqlen: int, ranks: int) -> Layout:
@@ -104,16 +104,16 @@ class View:
         return _local(self)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def _local(view: View) -> AttentionMask:
     return view.mask.local(view.layout.rows(view.q_ranks), view.layout.rows(view.k_ranks))
 
 
-@lru_cache(maxsize=1024)
-def _ascending_index(layout: Layout, ranks: tuple[int, ...]) -> Tensor | None:
+@lru_cache(maxsize=64)  # an index of a million tokens is 8 MB on the device
+def _ascending_index(layout: Layout, ranks: tuple[int, ...], device: torch.device) -> Tensor | None:
     positions = _concatenated(r for rank in ranks for r in layout.ranges[rank])
     order = positions.argsort()
-    return None if bool((order[1:] > order[:-1]).all()) else order
+    return None if bool((order[1:] > order[:-1]).all()) else order.to(device)
 
 
 def _concatenated(ranges: Iterable[range]) -> Tensor:

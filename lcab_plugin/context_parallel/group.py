@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lcab_plugin import layout as layouts
-from lcab_plugin.attention import AttentionFunction, Local, Operation, require_supported
+from lcab_plugin.attention import AttentionFunction, Local, Operation, needs_backward, require_supported
 from lcab_plugin.context_parallel import collectives
 from lcab_plugin.context_parallel.ring_all_gather import RingAllGather
 from lcab_plugin.context_parallel.ring_p2p import RingP2P
@@ -162,13 +162,13 @@ class ContextParallel:
         is wanted (Ulysses must exchange it)."""
         self._check(q, k, v, mask, kernel, options)
         view = View(mask, self.layout, (self.rank,), (self.rank,))
-        op: Operation = Local(kernel)
+        op: Operation = Local(kernel, needs_backward(q, k, v))
         if "ring" in self._axes:
             op = _RINGS[self.strategy](op, self._axes["ring"])
         ulysses = self._axes.get("ulysses")
         if ulysses is None or ulysses.size == 1:
             return AttentionFunction.apply(q, k, v, op, view, options)
-        exchange = HeadExchange(ulysses, view, q.shape[2], k.shape[2])
+        exchange = HeadExchange(ulysses, view, q, k)
         q, k, v = ToHeads.apply(exchange, q, k, v)
         out, lse = AttentionFunction.apply(q, k, v, op, ulysses.all_rows(view), options)
         if return_lse:
@@ -217,7 +217,7 @@ class ContextParallel:
             )
         if "ulysses" in self.degrees:
             require_heads(q.shape[2], k.shape[2], self.degrees["ulysses"])
-        require_supported(kernel, q, k, v, mask, options, torch.is_grad_enabled())
+        require_supported(kernel, q, k, v, mask, options, needs_backward(q, k, v))
 
 
 class _Unshard(torch.autograd.Function):
@@ -232,8 +232,8 @@ class _Unshard(torch.autograd.Function):
         padded = torch.cat((rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])))
         gathered = collectives.all_gather(padded, cp.group)
         whole = torch.cat([gathered[r, : layout.length(r)] for r in ranks])
-        order = layout.ascending(tuple(ranks))
-        return (whole if order is None else whole[order.to(x.device)]).movedim(0, dim)
+        order = layout.ascending(tuple(ranks), x.device)
+        return (whole if order is None else whole[order]).movedim(0, dim)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:

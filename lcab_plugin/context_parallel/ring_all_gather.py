@@ -69,7 +69,7 @@ def _shards(axis: Axis, view: View) -> tuple[tuple[int, ...], ...]:
     return tuple(axis.at(view.k_ranks, i) for i in range(axis.size))
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def _slots(
     layout: Layout, shards: tuple[tuple[int, ...], ...], device: torch.device
 ) -> tuple[int, Tensor | None]:

@@ -37,14 +37,14 @@ def require_heads(heads: int, kv_heads: int, degree: int) -> None:
 class HeadExchange:
     """Between ``[b, own tokens, all heads, d]`` and ``[b, tokens of the axis, own heads, d]``."""
 
-    def __init__(self, axis: Axis, view: View, heads: int, kv_heads: int) -> None:
+    def __init__(self, axis: Axis, view: View, q: Tensor, k: Tensor) -> None:
         assert axis.group is not None
         self.axis, self.group = axis, axis.group
         shards = [axis.at(view.q_ranks, i) for i in range(axis.size)]
         self.tokens = [sum(map(view.layout.length, ranks)) for ranks in shards]
         # each shard's rows ascend, but shards interleave (zigzag); kernels want all of them ascending
-        self.order = view.layout.ascending(tuple(r for ranks in shards for r in ranks))
-        self.heads, self.kv_heads = heads, kv_heads
+        self.order = view.layout.ascending(tuple(r for ranks in shards for r in ranks), q.device)
+        self.heads, self.kv_heads = q.shape[2], k.shape[2]
 
     def slices(self, total_heads: int) -> list[slice]:
         """The heads of a tensor with ``total_heads`` that each rank works on."""
@@ -104,14 +104,13 @@ class HeadExchange:
         ]
 
     def _sorted(self, x: Tensor) -> Tensor:
-        return x if self.order is None else x.index_select(1, self.order.to(x.device))
+        return x if self.order is None else x.index_select(1, self.order)
 
     def _unsorted(self, x: Tensor) -> Tensor:
         if self.order is None:
             return x
-        return torch.empty_like(x, memory_format=torch.contiguous_format).index_copy_(
-            1, self.order.to(x.device), x.contiguous()
-        )
+        x = x.contiguous()
+        return torch.empty_like(x).index_copy_(1, self.order, x)
 
 
 class ToHeads(torch.autograd.Function):

@@ -207,7 +207,7 @@ class _Segments:
         self.keys = _rows(segments[:, 2:], device)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)  # may hold an index of all tokens on the device
 def _segments(call: VarlenCall, mask: AttentionMask, batch: int, device: torch.device) -> _Segments:
     return _Segments(call, mask, batch, device)
 

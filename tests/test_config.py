@@ -1,0 +1,67 @@
+"""Settings are read strictly, and a mistake is answered with the nearest thing that exists."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import lcab_plugin as lcab
+
+
+def test_the_section_of_a_deepspeed_config():
+    section = {"kernel": "sdpa_flash", "strategy": "usp", "ulysses": 2, "ring": 2, "mask": "causal_document"}
+    config = lcab.AttentionConfig.from_dict(section)
+    assert config.cp_size == 4
+    assert config.degrees(4) == {"ulysses": 2, "ring": 2}
+    assert lcab.AttentionConfig.from_dict(config.to_dict()) == config
+
+
+def test_degrees_that_follow_from_the_world():
+    config = lcab.AttentionConfig.from_dict({"strategy": "ring_p2p"})
+    assert config.cp_size is None
+    assert config.degrees(8) == {"ring": 8}
+    assert lcab.AttentionConfig.from_dict({}).cp_size == 1
+
+
+def test_megatrons_names():
+    assert lcab.AttentionConfig.from_dict({"strategy": "a2a+p2p"}).strategy == "usp"
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"kernal": "naive"}, "unknown setting 'kernal'; did you mean 'kernel'"),
+        ({"kernel": "sdpa-flash"}, "did you mean 'sdpa_flash'"),
+        ({"strategy": "ulises"}, "did you mean 'ulysses'"),
+        ({"layout": "zig-zag"}, "did you mean 'zigzag'"),
+        ({"mask": "causal_documents"}, "did you mean 'causal_document'"),
+        ({"ulysses": "2"}, "'ulysses' = '2'.*integer"),
+        ({"ring": 0}, "'ring' = 0.*greater"),
+        ({"softcap": -1.0}, "'softcap' = -1.0.*greater"),
+        ({"deterministic": "yes"}, "'deterministic' = 'yes'.*bool"),
+    ],
+)
+def test_mistakes(section, message):
+    with pytest.raises(lcab.LcabError, match=message):
+        lcab.AttentionConfig.from_dict(section)
+
+
+def test_a_config_cannot_change():
+    config = lcab.AttentionConfig.from_dict({})
+    with pytest.raises(ValueError, match="frozen"):
+        config.kernel = "naive"
+
+
+def test_from_json(tmp_path):
+    path = tmp_path / "lcab.json"
+    path.write_text(json.dumps({"kernel": "naive"}))
+    assert lcab.AttentionConfig.from_json(path).kernel == "naive"
+    path.write_text("{")
+    with pytest.raises(lcab.LcabError, match="cannot read the settings"):
+        lcab.AttentionConfig.from_json(path)
+    path.write_text("[]")
+    with pytest.raises(lcab.LcabError, match="one JSON object"):
+        lcab.AttentionConfig.from_json(path)
+    with pytest.raises(lcab.LcabError, match="cannot read the settings"):
+        lcab.AttentionConfig.from_json(tmp_path / "absent.json")
