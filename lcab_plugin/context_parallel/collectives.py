@@ -6,8 +6,8 @@ without a word, and the mistake shows only in gradients.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from torch import Tensor
 from lcab_plugin.errors import LcabError
 
 Group = dist.ProcessGroup
+T = TypeVar("T")
 
 
 def is_initialized() -> bool:
@@ -103,6 +104,21 @@ def require_agreement(what: str, value: object, group: Group | None = None) -> N
                 f"ranks disagree on {what}: rank {numbers[0]} has {values[0]!r}, rank {number} has "
                 f"{other!r}; start every rank with the same settings"
             )
+
+
+def together(action: Callable[[], T], group: Group | None = None) -> T:
+    """Run ``action``; what goes wrong on one rank is raised on every rank (collective).
+
+    Raises:
+        LcabError: ``action`` raised it on some rank of the group.
+    """
+    problem: LcabError | None = None
+    try:
+        result = action()
+    except LcabError as error:
+        problem = error
+    raise_together(None if problem is None else str(problem), group)
+    return result
 
 
 def raise_together(problem: str | None, group: Group | None = None) -> None:

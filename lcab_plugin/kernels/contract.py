@@ -32,9 +32,14 @@ class KernelOptions:
 
 
 class Kernel(Protocol):
-    """One attention implementation on one device."""
+    """One attention implementation on one device.
+
+    ``verified`` names the hardware and library versions on which its conformance suite passed, forward and
+    backward.
+    """
 
     name: str
+    verified: str
 
     def version(self) -> str:
         """The library that does the work and its version, for records."""

@@ -14,6 +14,7 @@ class Naive:
     """Scores and probabilities are materialised as [b, h, q, k] in float32 (float64 for float64 inputs)."""
 
     name = "naive"
+    verified = "CPU (torch 2.13), H100 (torch 2.11)"
 
     def version(self) -> str:
         return f"torch {torch.__version__}"

@@ -17,6 +17,7 @@ class SdpaMath:
     """Eager attention: two matrix products around a softmax, in the precision of the inputs."""
 
     name = "sdpa_math"
+    verified = "CPU (torch 2.13), H100 (torch 2.11)"
 
     def version(self) -> str:
         return f"torch {torch.__version__}"
