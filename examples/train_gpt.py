@@ -262,17 +262,6 @@ def measure(engine: Any, window: Window, timer: StepTimer, seqlen: int, dtype: s
     }
 
 
-def together(action: Callable[[], Any]) -> Any:
-    """Run ``action``; a problem that one rank has is raised on all, so that none waits for it."""
-    problem = None
-    try:
-        result = action()
-    except LcabError as error:
-        problem = str(error)
-    collectives.raise_together(problem)
-    return result
-
-
 class Run(NamedTuple):
     """Everything a run needs before its first step."""
 
@@ -287,11 +276,11 @@ class Run(NamedTuple):
 def prepare(args: argparse.Namespace) -> Run:
     """Read config and text, build the model, let DeepSpeed and the plug-in wrap it, load a checkpoint."""
     lcab_deepspeed.init_distributed()
-    settings = together(lambda: Settings(args.deepspeed_config))
+    settings = collectives.together(lambda: Settings(args.deepspeed_config))
     if args.dtype is None and not {"bf16", "fp16"} & settings.config.keys():
         args.dtype = "fp32" if get_accelerator().device_name() == "cpu" else "bf16"
     settings.apply(vars(args))
-    corpora = together(lambda: open_corpus(args.data, args.vocab).split())
+    corpora = collectives.together(lambda: open_corpus(args.data, args.vocab).split())
     options = {"seed": args.seed, "doc_lengths": args.doc_lengths, "loss_mask": args.loss_mask}
     text, validation_text = (PackedText(corpus, args.seqlen, **options) for corpus in corpora)
 
@@ -342,7 +331,7 @@ def main() -> None:
     path, leads = Path(args.out, name, "metrics.jsonl"), collectives.rank() == 0
     facts = {"name": name, "steps": args.steps, "first_step": first_step, "data": text.corpus.facts()}
     facts |= identity | {"parameters": engine.module.parameter_count} | settings.resolved(engine)
-    log = together(lambda: RunLog(path, append=bool(args.resume), enabled=leads))
+    log = collectives.together(lambda: RunLog(path, append=bool(args.resume), enabled=leads))
     timer = StepTimer(engine.device, ("data", "step", "forward", "backward", "optimizer"))
     validation_loss = None
 
