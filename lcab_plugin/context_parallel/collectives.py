@@ -130,7 +130,7 @@ def raise_together(problem: str | None, group: Group | None = None) -> None:
     problems = all_gather_object(problem, group)
     for number, text in zip(global_ranks(group), problems, strict=True):
         if text is not None:
-            raise LcabError(text if world_size(group) == 1 else f"rank {number}: {text}")
+            raise LcabError(text if len(set(problems)) == 1 else f"rank {number}: {text}")
 
 
 class RingExchange:

@@ -1,0 +1,365 @@
+"""Does a training run stay the same when its attention is swapped?
+
+Every cell (mask x kernel x strategy x layout) trains the same model on the same data through the same script.
+The baseline of a mask is kernel ``naive`` without context parallelism: data parallel over the same ranks,
+with the same global batch. Compared are the digest of every step's global tokens, every step's loss and
+gradient norm, and every parameter's gradient at step 0: Adam and clipping hide a gradient of the wrong
+scale from the losses.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lcab_plugin import kernels, masks
+from lcab_plugin.bench.compare import (
+    FP32,
+    Budget,
+    Deviations,
+    Trace,
+    deviations,
+    different_runs,
+    over_budget,
+    twice,
+)
+from lcab_plugin.bench.launch import Outcome, launch
+from lcab_plugin.context_parallel import strategy_name
+from lcab_plugin.errors import LcabError, unknown
+from lcab_plugin.layout import LAYOUTS
+from lcab_plugin.training import records
+
+_WARM_UP = 2  # steps left out of the step time
+_DTYPES = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run. ``layout`` is None where nothing is sharded (strategy ``none``); ``role``:
+    ``baseline``, ``second`` (the other baseline, which measures a low precision's budget) or None."""
+
+    mask: str
+    kernel: str
+    strategy: str
+    layout: str | None = None
+    role: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the run and of its folder."""
+        parts = (
+            self.mask,
+            self.kernel,
+            self.strategy,
+            self.layout,
+            "fp32" if self.role == "fp32 baseline" else None,
+        )
+        return "-".join(part for part in parts if part)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all cells have in common."""
+
+    script: Path
+    config: Path  # the DeepSpeed config of all cells; its "lcab" section is overridden by the cell
+    out: Path
+    world: int = 2
+    steps: int = 20
+    dtype: str = "fp32"
+    preset: str = "tiny"
+    seqlen: int = 512
+    global_batch: int | None = None  # one a rank if left out
+    micro_batch: int = 1
+    loss_mask: str = "uneven"
+    doc_lengths: str = "pile"
+    zero_stage: int | None = None  # the config's if left out
+    seed: int = 0
+    device: str = "cpu"
+    timeout: float = 600.0  # seconds of one cell
+    extra: tuple[str, ...] = ()  # further flags of the script
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _DTYPES:
+            raise unknown("dtype", self.dtype, _DTYPES)
+        if self.world < 1 or self.steps < 1:
+            raise LcabError(f"world = {self.world} and steps = {self.steps} must be at least 1.")
+        if not self.script.is_file():
+            raise LcabError(f"{self.script} does not exist; give the training script with --script.")
+
+
+@dataclass
+class Result:
+    """One cell: how its launch ended and how it compares.
+
+    ``status``: ``pass``, ``fail`` (``problems`` says where it differs), ``cannot run`` (the script refused;
+    ``reason``), ``crashed`` or ``timeout`` (``reason``).
+    """
+
+    cell: Cell
+    status: str
+    reason: str | None = None
+    problems: list[str] = field(default_factory=list)
+    deviations: Deviations | None = None
+    budget: Budget | None = None
+    step_ms: dict[str, float] | None = None  # median, min, max without the first steps
+    peak_memory_gib: float | None = None  # of the fullest rank
+    seconds: float = 0.0  # the whole launch
+    run: dict[str, Any] | None = None  # the first record: what resolved
+
+    def to_dict(self) -> dict[str, Any]:
+        """For parity.json."""
+        return {"name": self.cell.name, **asdict(self)}
+
+
+def plan(
+    kernel_names: Sequence[str],
+    strategies: Sequence[str],
+    mask_names: Sequence[str],
+    layouts: Sequence[str],
+    dtype: str,
+) -> list[Cell]:
+    """The cells in the order in which they run: the baselines of a mask before what is compared with them.
+
+    Raises:
+        LcabError: an unknown name; the nearest is named.
+    """
+    tables = (
+        ("kernel", kernel_names, kernels.names()),
+        ("mask", mask_names, masks.names()),
+        ("layout", layouts, LAYOUTS),
+    )
+    for kind, given, known in tables:
+        for name in given:
+            if name not in known:
+                raise unknown(kind, name, known)
+    strategies = [strategy_name(name) for name in strategies]
+    cells: list[Cell] = []
+    for mask in mask_names:
+        cells.append(Cell(mask, "naive", "none", role="baseline"))
+        if dtype != "fp32":
+            cells.append(Cell(mask, "naive", "none", role="fp32 baseline"))
+        for kernel in kernel_names:
+            for strategy in strategies:
+                for layout in [None] if strategy == "none" else layouts:
+                    if (kernel, strategy) != ("naive", "none"):
+                        cells.append(Cell(mask, kernel, strategy, layout))
+    return list(dict.fromkeys(cells))
+
+
+def run(
+    cells: Sequence[Cell], settings: Settings, watch: Callable[[Cell, int], None] = lambda cell, steps: None
+) -> list[Result]:
+    """Train every cell, one after the other, and compare it with the baseline of its mask.
+
+    ``watch(cell, steps done)`` is called all along. ``parity.json`` and ``parity.md`` in ``settings.out`` are
+    written anew after every cell, so a comparison that is killed loses one cell.
+
+    Raises:
+        LcabError: ``settings.out`` holds a comparison already, or the config cannot be read.
+    """
+    if (settings.out / "parity.json").exists():
+        raise LcabError(f"{settings.out} holds a comparison already; give another --out.")
+    config = _write_config(settings)
+    results: list[Result] = []
+    baselines: dict[str, Trace] = {}
+    budgets: dict[str, Budget] = {}
+    for cell in cells:
+        outcome = _train(cell, settings, config, watch)
+        result, trace = _read(cell, settings, outcome)
+        if trace is not None:
+            _judge(result, trace, settings, baselines, budgets)
+        results.append(result)
+        save(results, settings)
+    return results
+
+
+def _write_config(settings: Settings) -> Path:
+    """The DeepSpeed config of all cells, next to their records."""
+    try:
+        config = json.loads(settings.config.read_text())
+    except (OSError, ValueError) as error:
+        raise LcabError(f"cannot read the DeepSpeed config {settings.config}: {error}") from None
+    if settings.zero_stage is not None:
+        config["zero_optimization"] = {**config.get("zero_optimization", {}), "stage": settings.zero_stage}
+    settings.out.mkdir(parents=True, exist_ok=True)
+    path = settings.out / "ds_config.json"
+    path.write_text(json.dumps(config, indent=2) + "\n")
+    return path
+
+
+def _train(cell: Cell, settings: Settings, config: Path, watch: Callable[[Cell, int], None]) -> Outcome:
+    flags = {
+        "deepspeed_config": config,
+        "preset": settings.preset,
+        "steps": settings.steps,
+        "seqlen": settings.seqlen,
+        "global-batch": settings.global_batch or settings.world,
+        "micro-batch": settings.micro_batch,
+        "dtype": "fp32" if cell.role == "fp32 baseline" else settings.dtype,
+        "loss-mask": settings.loss_mask,
+        "doc-lengths": settings.doc_lengths,
+        "seed": settings.seed,
+        "kernel": cell.kernel,
+        "strategy": cell.strategy,
+        "layout": cell.layout or "contiguous",
+        "mask": cell.mask,
+        "eval-batches": 0,
+        "name": cell.name,
+        "out": settings.out,
+        "save-gradients": _gradients(cell, settings),
+    }
+    metrics = settings.out / cell.name / "metrics.jsonl"
+
+    def count_steps() -> None:
+        lines = metrics.read_bytes().count(b'{"type": "step"') if metrics.exists() else 0
+        watch(cell, lines)
+
+    return launch(
+        settings.script,
+        [*(str(part) for name, value in flags.items() for part in (f"--{name}", value)), *settings.extra],
+        world=settings.world,
+        device=settings.device,
+        logs=settings.out / cell.name,
+        timeout=settings.timeout,
+        watch=count_steps,
+    )
+
+
+def _gradients(cell: Cell, settings: Settings) -> Path:
+    return settings.out / cell.name / "gradients.pt"
+
+
+def _read(cell: Cell, settings: Settings, outcome: Outcome) -> tuple[Result, Trace | None]:
+    """The result as far as the run alone tells, and what to compare (None if it did not run to its end)."""
+    result = Result(cell, outcome.status, outcome.reason, seconds=round(outcome.seconds, 2))
+    metrics, gradients = settings.out / cell.name / "metrics.jsonl", _gradients(cell, settings)
+    lines = records.read(metrics) if metrics.exists() else []
+    result.run = next((line for line in lines if line["type"] == "run"), None)
+    steps = records.steps(lines)
+    if times := [step["step_ms"] for step in steps[min(_WARM_UP, len(steps) - 1) :]]:
+        result.step_ms = {"median": statistics.median(times), "min": min(times), "max": max(times)}
+        result.peak_memory_gib = max(step["peak_memory_gib"] for step in steps)
+    # A rank may still abort while its interpreter shuts down (gloo's threads): the run itself was whole then.
+    ended = any(line["type"] == "end" for line in lines)
+    if outcome.status != "done" and not (outcome.status == "crashed" and ended):
+        return result, None
+    saved = torch.load(gradients, map_location="cpu", weights_only=True) if gradients.exists() else {}
+    return result, Trace(steps, saved)
+
+
+def _judge(
+    result: Result, trace: Trace, settings: Settings, baselines: dict[str, Trace], budgets: dict[str, Budget]
+) -> None:
+    """Fill in how the run compares, and keep what the later cells of its mask are compared with."""
+    cell = result.cell
+    if cell.role == "baseline":
+        baselines[cell.mask] = trace  # compared with itself: it must at least be whole and finite
+        if settings.dtype == "fp32":
+            budgets[cell.mask] = FP32
+    baseline = baselines.get(cell.mask)
+    if baseline is None:
+        result.problems = ["there is nothing to compare with: the baseline of its mask did not run"]
+    else:
+        result.problems = different_runs(baseline, trace, settings.steps)
+    if baseline is not None and not result.problems:
+        result.deviations = deviations(baseline, trace)
+        if cell.role == "fp32 baseline":
+            budgets[cell.mask] = twice(result.deviations)
+        elif cell.role is None:
+            result.budget = budgets.get(cell.mask)
+            if result.budget is None:
+                result.problems = ["there is no budget: the fp32 baseline of its mask did not run"]
+            else:
+                result.problems = over_budget(result.deviations, result.budget)
+    result.status = "fail" if result.problems else "pass"
+    if result.status == "pass" and cell.role is None:
+        _gradients(cell, settings).unlink()  # kept where someone will look at them
+
+
+def passed(results: Sequence[Result], strict: bool = False) -> bool:
+    """Whether all baselines ran and no cell failed, crashed or hung. A cell that cannot run and says why is
+    no failure unless ``strict``; but then another one must have been compared."""
+    bad = {"fail", "crashed", "timeout"} | ({"cannot run"} if strict else set())
+    compared = [r for r in results if r.cell.role is None]
+    return (
+        all(r.status not in bad for r in results)
+        and all(r.status == "pass" for r in results if r.cell.role)
+        and (not compared or any(r.status == "pass" for r in compared))
+    )
+
+
+COLUMNS = (
+    "mask",
+    "kernel",
+    "strategy",
+    "layout",
+    "step ms",
+    "min to max",
+    "peak GiB",
+    "loss dev",
+    "grad norm dev",
+    "step-0 gradient dev",
+    "verdict",
+)
+
+
+def row(result: Result) -> tuple[str, ...]:
+    """The cells of the table, one for each of COLUMNS."""
+    cell, found, times = result.cell, result.deviations, result.step_ms
+    return (
+        cell.mask,
+        cell.kernel,
+        cell.strategy,
+        cell.layout or "-",
+        f"{times['median']:.0f}" if times else "-",
+        f"{times['min']:.0f} to {times['max']:.0f}" if times else "-",
+        f"{result.peak_memory_gib:.2f}" if result.peak_memory_gib is not None else "-",
+        *(
+            (
+                f"{max(found.loss, found.loss_later):.1e}",
+                f"{max(found.grad_norm, found.grad_norm_later):.1e}",
+                f"{found.gradient:.1e} {found.parameter}",
+            )
+            if found and cell.role != "baseline"
+            else ("-", "-", "-")
+        ),
+        cell.role if cell.role and result.status == "pass" else result.status,
+    )
+
+
+def notes(results: Sequence[Result]) -> list[str]:
+    """What stands below the table: the budgets, and what went wrong in a cell."""
+    budgets: dict[str, list[str]] = {}
+    for result in results:
+        if result.budget and result.cell.mask not in budgets.setdefault(str(result.budget), []):
+            budgets[str(result.budget)].append(result.cell.mask)
+    lines = [f"Budget, {', '.join(names)}: {text}." for text, names in budgets.items()]
+    for result in results:
+        what = "; ".join(result.problems) or result.reason
+        if result.status != "pass":
+            lines.append(f"{result.cell.name}: {result.status}: {what}")
+        elif what:
+            lines.append(f"{result.cell.name}: after the end of its training: {what}")
+    return lines
+
+
+def save(results: Sequence[Result], settings: Settings) -> None:
+    """Write ``parity.json`` and ``parity.md`` into ``settings.out``."""
+    record = {
+        "settings": asdict(settings),
+        "passed": passed(results),
+        "environment": records.environment(),
+        "cells": [result.to_dict() for result in results],
+    }
+    (settings.out / "parity.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
+    table = [COLUMNS, ("---",) * len(COLUMNS), *map(row, results)]
+    lines = ["| " + " | ".join(line) + " |" for line in table]
+    text = ["# Parity", "", *lines, "", *(f"- {note}" for note in notes(results)), ""]
+    (settings.out / "parity.md").write_text("\n".join(text))

@@ -1,0 +1,37 @@
+"""How commands print: tables for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console, RenderableType
+from rich.table import Table
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def print_json(value: Any) -> None:
+    """One indented JSON document on stdout."""
+    typer.echo(json.dumps(value, indent=2))
+
+
+def table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[RenderableType]]) -> Table:
+    """A table whose columns fold rather than lose text; a column name that starts with ``>`` aligns right."""
+    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        made.add_column(
+            column.lstrip(">"), justify="right" if column.startswith(">") else "left", overflow="fold"
+        )
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def show(what: RenderableType) -> None:
+    """Print to stdout, in the terminal's width (200 columns where there is no terminal)."""
+    console = Console()
+    Console(width=None if console.is_terminal else 200, highlight=False).print(what)

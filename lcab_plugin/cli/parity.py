@@ -1,0 +1,196 @@
+"""`lcab parity`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from lcab_plugin.cli import output
+from lcab_plugin.errors import LcabError
+
+if TYPE_CHECKING:
+    from lcab_plugin.bench.parity import Cell, Result, Settings
+
+_STYLES = {"pass": "green", "baseline": "cyan", "fp32 baseline": "cyan", "cannot run": "yellow"}
+
+
+def parity(
+    kernels: Annotated[str, typer.Option(help="Kernels, comma separated.")] = "naive,sdpa_flash",
+    strategies: Annotated[str, typer.Option(help="Strategies.")] = "none,ulysses,ring_p2p,ring_all_gather",
+    masks: Annotated[str, typer.Option(help="Mask families.")] = "causal_document,causal",
+    layouts: Annotated[str, typer.Option(help="Layouts of the context-parallel cells.")] = "zigzag",
+    world: Annotated[int, typer.Option(help="Processes on this machine.")] = 2,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of every cell.")] = 20,
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    preset: Annotated[str, typer.Option(help="Model size, a preset of the script.")] = "tiny",
+    seqlen: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 512,
+    global_batch: Annotated[
+        int | None, typer.Option(help="Sequences of a step; one a process if left out.")
+    ] = None,
+    micro_batch: Annotated[int, typer.Option(help="Sequences of a micro-batch.")] = 1,
+    loss_mask: Annotated[
+        str, typer.Option(help="uneven (tokens that count differ by rank), or none.")
+    ] = "uneven",
+    doc_lengths: Annotated[str, typer.Option(help="Corpus that document lengths are sampled like.")] = "pile",
+    zero_stage: Annotated[int | None, typer.Option(help="ZeRO stage; the config's if left out.")] = None,
+    seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, or auto: cuda where every process has a GPU.")
+    ] = "auto",
+    script: Annotated[
+        Path | None, typer.Option(help="Training script; examples/train_gpt.py if left out.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="DeepSpeed config; examples/configs/zero1.json if left out.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the records; runs/parity-<time> if left out.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds after which a cell is killed.")] = 600.0,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="A cell that cannot run is a failure, too.")
+    ] = False,
+    as_json: output.AsJson = False,
+    extra: Annotated[list[str] | None, typer.Argument(help="After --: further flags for the script.")] = None,
+) -> None:
+    """Train the same model on the same data with every kernel, strategy and mask, and compare step by step.
+
+    Baseline of a mask: kernel naive, strategy none (data parallel over the same processes, same global
+    batch). In fp32 the bounds are fixed; in bf16 they are twice what the baseline itself differs by from the
+    same run in fp32.
+
+    Exit status 0 if every cell that ran passes; a cell that cannot run shows its reason and is no failure,
+    unless --strict or none at all was compared. 1 if a cell deviates, crashes or hangs, or a baseline is
+    missing. 2 for bad input.
+    """
+    from lcab_plugin.bench import parity as bench
+
+    settings = bench.Settings(
+        script=script or _example("train_gpt.py", "--script"),
+        config=config or _example("configs/zero1.json", "--config"),
+        out=out or Path("runs") / time.strftime("parity-%Y%m%d-%H%M%S"),
+        world=world,
+        steps=steps,
+        dtype=dtype,
+        preset=preset,
+        seqlen=seqlen,
+        global_batch=global_batch,
+        micro_batch=micro_batch,
+        loss_mask=loss_mask,
+        doc_lengths=doc_lengths,
+        zero_stage=zero_stage,
+        seed=seed,
+        device=_device(device, world),
+        timeout=timeout,
+        extra=tuple(extra or ()),
+    )
+    cells = bench.plan(_names(kernels), _names(strategies), _names(masks), _names(layouts), dtype)
+    results = _run(cells, settings)
+    passed = bench.passed(results, strict)
+    if as_json:
+        output.print_json(
+            {"passed": passed, "out": str(settings.out), "cells": [r.to_dict() for r in results]}
+        )
+    else:
+        _print(results, settings, passed)
+    raise typer.Exit(0 if passed else 1)
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise LcabError(f"{text!r} names nothing; give names separated by commas.")
+    return list(dict.fromkeys(names))
+
+
+def _example(name: str, option: str) -> Path:
+    """A file of examples/, from the current folder or from the checkout this package runs from."""
+    for root in (Path.cwd(), Path(__file__).parents[2]):
+        if (path := root / "examples" / name).is_file():
+            return path
+    raise LcabError(f"there is no examples/{name} here; run in a checkout of lcab_plugin, or give {option}.")
+
+
+def _device(device: str, world: int) -> str:
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device not in ("auto", "cpu", "cuda"):
+        raise LcabError(f"device {device!r} is none of auto, cpu, cuda.")
+    if device == "cuda" and gpus < world:
+        raise LcabError(
+            f"device cuda needs a GPU for each of {world} processes, and this machine has {gpus}."
+        )
+    return ("cuda" if gpus >= world else "cpu") if device == "auto" else device
+
+
+def _run(cells: list[Cell], settings: Settings) -> list[Result]:
+    """All cells, with a progress bar on stderr (a line a cell where that is no terminal)."""
+    from lcab_plugin.bench import parity as bench
+
+    console = Console(stderr=True, highlight=False)
+    console.print(
+        f"{len(cells)} runs of {settings.steps} steps, {settings.world} processes, {settings.device}, "
+        f"{settings.dtype}; records in {settings.out}"
+    )
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    ]
+    # The estimate counts whole runs, most of which is start-up: remember all of them.
+    with Progress(*columns, console=console, speed_estimate_period=86400) as progress:
+        task = progress.add_task("", total=len(cells))
+        done = 0
+        running: Cell | None = None
+
+        def watch(cell: Cell, steps: int) -> None:
+            nonlocal running, done
+            if running is not None and cell != running:
+                done += 1
+            if cell != running and not console.is_terminal:
+                console.print(f"{cells.index(cell) + 1}/{len(cells)} {cell.name}")
+            running = cell
+            progress.update(task, completed=done, description=f"{cell.name}  step {steps}/{settings.steps}")
+
+        results = bench.run(cells, settings, watch)
+        progress.update(task, completed=len(cells), description="done")
+    return results
+
+
+def _print(results: list[Result], settings: Settings, passed: bool) -> None:
+    from lcab_plugin.bench import parity as bench
+
+    right = {"step ms", "min to max", "peak GiB", "loss dev", "grad norm dev"}
+    lines = []
+    for result in results:
+        *cells, verdict = bench.row(result)
+        lines.append([*map(Text, cells), Text(verdict, style=_STYLES.get(verdict, "bold red"))])
+    title = "Largest relative deviations (dev) from the baseline of the mask"
+    output.show(output.table(title, [(">" if name in right else "") + name for name in bench.COLUMNS], lines))
+    for note in bench.notes(results):
+        typer.echo(note)
+    typer.echo(f"\nRecords: {settings.out}/parity.md, parity.json, <run>/metrics.jsonl and <run>/rank*.log")
+    counts = {
+        status: sum(r.status == status for r in results)
+        for status in dict.fromkeys(r.status for r in results)
+    }
+    typer.echo(
+        f"{'PASS' if passed else 'FAIL'}: " + ", ".join(f"{n} {status}" for status, n in counts.items())
+    )

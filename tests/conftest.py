@@ -1,0 +1,49 @@
+"""The two tiers of the suite: `nightly` tests run with --nightly, and every run says which tier ran."""
+
+from __future__ import annotations
+
+import pytest
+
+DESELECTED = pytest.StashKey[int]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--nightly", action="store_true", help="run the slow tier as well")
+
+
+def tier(config: pytest.Config) -> str:
+    if config.getoption("--nightly"):
+        return "tier: nightly (the default tier and the slow one)"
+    count = config.stash.get(DESELECTED, None)
+    left_out = "nightly tests deselected" if count is None else f"{count} nightly tests deselected"
+    return f"tier: default ({left_out}; ./scripts/test.sh --nightly runs them)"
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return tier(config)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--nightly"):
+        return
+    nightly = [item for item in items if item.get_closest_marker("nightly")]
+    config.stash[DESELECTED] = len(nightly)
+    config.hook.pytest_deselected(items=nightly)
+    items[:] = [item for item in items if not item.get_closest_marker("nightly")]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: object) -> None:
+    """Under xdist the workers collect: take the count from one of them."""
+    output = getattr(node, "workeroutput", {})
+    if "nightly_deselected" in output:
+        node.config.stash[DESELECTED] = output["nightly_deselected"]  # type: ignore[attr-defined]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["nightly_deselected"] = session.config.stash.get(DESELECTED, 0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    terminalreporter.write_line(tier(config))
