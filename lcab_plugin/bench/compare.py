@@ -61,9 +61,9 @@ def twice(from_fp32: Deviations) -> Budget:
     """The budget of a low precision: twice what its baseline differs by from the same run in float32.
 
     Two baselines in bfloat16 are no measure: with the same rows in the same matrix products they share most
-    of their rounding. Kernel sdpa_math, or one rank in place of two, moved step-0 gradients by 5e-3 and
-    losses by 4e-5, where context parallelism, which shards the rows, moved them by 1.2e-2 and 1.3e-4; but
-    each of those runs was 9e-3 to 1.0e-2 and 8e-4 to 9e-4 away from float32: none is less exact.
+    of their rounding. Kernel sdpa_math, or one rank instead of two, moved step-0 gradients by 5e-3 and losses
+    by 4e-5, where context parallelism, which shards the rows, moved them by 1.2e-2 and 1.3e-4; but each of
+    those runs was 9e-3 to 1.0e-2 and 8e-4 to 9e-4 away from float32: none is less exact than another.
     """
     d = from_fp32
     loss, norm = max(d.loss, d.loss_later), max(d.grad_norm, d.grad_norm_later)

@@ -15,16 +15,8 @@ from rich.text import Text
 from lcab_plugin.cli import output
 from lcab_plugin.cli.kernels import kernel_rows
 
-# Optional libraries and what asks for them.
-_OPTIONAL = {
-    "deepspeed": "training through DeepSpeed: pip install 'lcab-plugin[deepspeed]'",
-    "megatron-core": "training through Megatron-LM: pip install 'lcab-plugin[megatron]'",
-    "transformers": "Hugging Face models: pip install 'lcab-plugin[transformers]'",
-    "triton": "Triton kernels: pip install 'lcab-plugin[triton]'",
-    "flash-attn": "FlashAttention kernels: pip install 'lcab-plugin[flash-attn]'",
-    "transformer-engine": "TransformerEngine kernels: pip install 'lcab-plugin[te]'",
-    "matplotlib": "figures of reports: pip install 'lcab-plugin[report]'",
-}
+# Optional libraries that something here asks for, and what that is.
+_OPTIONAL = {"deepspeed": "training through DeepSpeed: pip install 'lcab-plugin[deepspeed]'"}
 
 # One process of its own: a gloo that cannot find this machine's address must not take the command along.
 _GLOO = """

@@ -141,7 +141,7 @@ def _run(cells: list[Cell], settings: Settings) -> list[Result]:
     """All cells, with a progress bar on stderr (a line a cell where that is no terminal)."""
     from lcab_plugin.bench import parity as bench
 
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print(
         f"{len(cells)} runs of {settings.steps} steps, {settings.world} processes, {settings.device}, "
         f"{settings.dtype}; records in {settings.out}"

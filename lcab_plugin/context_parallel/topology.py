@@ -115,6 +115,7 @@ def build_axes(group: Any, degrees: dict[str, int]) -> tuple[Group | None, dict[
     the world, and a rank that is given only its own group cannot know its siblings, so memberships are
     gathered first.
     """
+    collectives.settle_gloo_at_exit()
     members = members_of(group)
     size, index = len(members), members.index(collectives.rank())
     is_mesh = hasattr(group, "mesh_dim_names")

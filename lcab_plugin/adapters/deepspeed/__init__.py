@@ -161,6 +161,7 @@ def init_distributed(distributed_port: int = 29500, dist_init_required: bool | N
             dist_init_required=dist_init_required,
             verbose=False,
         )
+    collectives.settle_gloo_at_exit()
     if accelerator.device_name() != "cpu" and "LOCAL_RANK" in os.environ:
         # DeepSpeed does this only when the engine is made; collectives before that would all use device 0.
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
