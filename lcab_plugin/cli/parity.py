@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -78,6 +79,8 @@ def parity(
     """
     from lcab_plugin.bench import parity as bench
 
+    if script is None and importlib.util.find_spec("deepspeed") is None:
+        raise LcabError("the example trains through DeepSpeed: pip install 'lcab-plugin[deepspeed]'")
     settings = bench.Settings(
         script=script or _example("train_gpt.py", "--script"),
         config=config or _example("configs/zero1.json", "--config"),
