@@ -64,11 +64,11 @@ def twice(from_fp32: Deviations) -> Budget:
     of their rounding. Kernel sdpa_math, or one rank instead of two, moved step-0 gradients by 5e-3 and losses
     by 4e-5, where context parallelism, which shards the rows, moved them by 1.2e-2 and 1.3e-4; but each of
     those runs was 9e-3 to 1.0e-2 and 8e-4 to 9e-4 away from float32: none is less exact than another.
+    After ten steps the bound is ten times as wide, as in fp32: by then two right runs have drifted apart.
     """
     d = from_fp32
-    loss, norm = max(d.loss, d.loss_later), max(d.grad_norm, d.grad_norm_later)
-    source = "bf16: 2x what the baseline differs by from the same run in fp32"
-    return Budget(2 * d.loss, 2 * loss, 2 * d.grad_norm, 2 * norm, 2 * d.gradient, source)
+    source = "bf16: 2x what the baseline differs by from the same run in fp32, 20x after ten steps"
+    return Budget(2 * d.loss, 20 * d.loss, 2 * d.grad_norm, 20 * d.grad_norm, 2 * d.gradient, source)
 
 
 def different_runs(baseline: Trace, run: Trace, steps: int) -> list[str]:
