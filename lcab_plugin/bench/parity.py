@@ -246,9 +246,7 @@ def _read(cell: Cell, settings: Settings, outcome: Outcome) -> tuple[Result, Tra
     if times := [step["step_ms"] for step in steps[min(_WARM_UP, len(steps) - 1) :]]:
         result.step_ms = {"median": statistics.median(times), "min": min(times), "max": max(times)}
         result.peak_memory_gib = max(step["peak_memory_gib"] for step in steps)
-    # A rank may still abort while its interpreter shuts down (gloo's threads): the run itself was whole then.
-    ended = any(line["type"] == "end" for line in lines)
-    if outcome.status != "done" and not (outcome.status == "crashed" and ended):
+    if outcome.status != "done":
         return result, None
     saved = torch.load(gradients, map_location="cpu", weights_only=True) if gradients.exists() else {}
     return result, Trace(steps, saved)
@@ -342,11 +340,9 @@ def notes(results: Sequence[Result]) -> list[str]:
             budgets[str(result.budget)].append(result.cell.mask)
     lines = [f"Budget, {', '.join(names)}: {text}." for text, names in budgets.items()]
     for result in results:
-        what = "; ".join(result.problems) or result.reason
         if result.status != "pass":
+            what = "; ".join(result.problems) or result.reason
             lines.append(f"{result.cell.name}: {result.status}: {what}")
-        elif what:
-            lines.append(f"{result.cell.name}: after the end of its training: {what}")
     return lines
 
 

@@ -139,11 +139,11 @@ def test_in_bf16_the_baseline_sets_the_budget(tmp_path: Path) -> None:
     assert not parity.passed(results)
 
 
-def test_an_abort_after_the_end_is_told_and_does_not_count(tmp_path: Path) -> None:
+def test_an_abort_after_the_end_is_a_crash(tmp_path: Path) -> None:
     results = run(tmp_path, parity.plan([], [], ["causal_blockwise"], [], "fp32"))
-    assert results[0].status == "pass"
-    note = "causal_blockwise-naive-none: after the end of its training: rank 1, signal SIGABRT: no output"
-    assert note in parity.notes(results)
+    assert results[0].status == "crashed"
+    assert "causal_blockwise-naive-none: crashed: rank 1, signal SIGABRT: no output" in parity.notes(results)
+    assert not parity.passed(results)
 
 
 def test_a_mask_without_its_baseline_fails(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 
 import pytest
@@ -146,6 +147,18 @@ def unshard_backward(rank: int, world: int) -> None:
 
 def test_unshard():
     run(unshard_backward, 2)
+
+
+def settles_once(rank: int, world: int) -> None:
+    """gloo's workers get the GIL before the interpreter goes; without that some runs abort at their exit."""
+    before = atexit._ncallbacks()
+    for strategy in ("ulysses", "ring_p2p"):
+        lcab.context_parallel(strategy)
+    assert atexit._ncallbacks() == before + 1
+
+
+def test_gloo_settles_at_exit():
+    run(settles_once, 2)
 
 
 def bad_calls(rank: int, world: int) -> None:
