@@ -29,7 +29,7 @@ ARROWS["bench"] = {*ARROWS}
 ARROWS["cli"] = {*ARROWS}
 ARROWS["__init__"] = {*ARROWS} - {"adapters", "training", "bench", "cli"}
 
-KERNELS_SHARED = {"contract", "lowering", "merge"}  # a kernel may import these; context_parallel too
+KERNELS_SHARED = {"contract", "lowering", "merge", "segments", "tiled"}  # a kernel may import these; context_parallel too
 FRAMEWORKS = {"deepspeed", "megatron", "transformers"}
 NO_ENVIRONMENT = {"masks", "kernels", "layout", "attention", "context_parallel", "config"}
 HEAVY = ["rich", "typer", "pydantic", "matplotlib", "jinja2", "triton", *sorted(FRAMEWORKS)]

@@ -12,9 +12,24 @@ from lcab_plugin.kernels.contract import Kernel, KernelOptions
 __all__ = ["Kernel", "KernelOptions", "availability", "get", "names"]
 
 _TABLE = {
-    "naive": "lcab_plugin.kernels.naive",
-    "sdpa_math": "lcab_plugin.kernels.sdpa_math",
-    "sdpa_flash": "lcab_plugin.kernels.sdpa_flash",
+    name: f"lcab_plugin.kernels.{name}"
+    for name in (
+        "naive",
+        "sdpa_math",
+        "sdpa_flash",
+        "sdpa_efficient",
+        "sdpa_cudnn",
+        "varlen",
+        "flex",
+        "triton",
+        "fa2",
+        "fa3",
+        "fa4",
+        "te_fused",
+        "cudnn",
+        "flashmask",
+        "ffa",
+    )
 }
 
 

@@ -12,6 +12,8 @@ a lowering or a double ring stand around any kernel.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,15 +33,46 @@ class KernelOptions:
     deterministic: bool = False
 
 
-class Kernel(Protocol):
-    """One attention implementation on one device.
+@dataclass(frozen=True)
+class Features:
+    """What a kernel is made for, as `lcab kernels` shows it; ``unsupported`` decides each call.
 
-    ``verified`` names the hardware and library versions on which its conformance suite passed, forward and
-    backward.
+    ``native``: the masks its library takes whole. ``lowering``: how it serves every other mask. ``head_dims``
+    and ``dtypes`` on the devices named. ``value_dim``: a value head_dim other than the query's.
     """
 
+    devices: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    head_dims: str
+    native: str
+    lowering: str
+    backward: bool = True
+    deterministic: bool = True
+    softcap: bool = False
+    value_dim: bool = False
+
+
+@dataclass(frozen=True)
+class NativeCall:
+    """One call of a kernel's library, as `lcab masks explain` prints it.
+
+    ``what``: the call and its mask in the library's words. ``count``: segments or tiles in it. ``area``:
+    visible cells it covers, each exactly once over all calls. ``computed``: cells the library computes for
+    them, in whole blocks. ``copied``: rows of q, k or v copied beforehand (gathers, flips).
+    """
+
+    what: str
+    count: int
+    area: int
+    computed: int
+    copied: int = 0
+
+
+class Kernel(Protocol):
+    """One attention implementation on one device."""
+
     name: str
-    verified: str
+    features: Features
 
     def version(self) -> str:
         """The library that does the work and its version, for records."""
@@ -57,6 +90,9 @@ class Kernel(Protocol):
         needs_backward: bool,
     ) -> str | None:
         """Why this kernel cannot serve this call, in words that reach the report, or None."""
+
+    def explain(self, mask: AttentionMask, head_dim: int) -> list[NativeCall]:
+        """The library calls that a forward under ``mask`` makes, for one head."""
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, options: KernelOptions
@@ -87,3 +123,14 @@ def empty_result(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     b, t, h, _ = q.shape
     lse = torch.full((b, h, t), float("-inf"), dtype=accumulation_dtype(q.dtype), device=q.device)
     return q.new_zeros(b, t, h, v.shape[-1]), lse
+
+
+@contextmanager
+def deterministic_algorithms(wanted: bool) -> Iterator[None]:
+    """aten takes a deterministic backward from torch's process-wide flag: set it for this call only."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(wanted or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lcab_plugin.kernels.contract import KernelOptions, accumulation_dtype
+from lcab_plugin.kernels.contract import Features, KernelOptions, NativeCall, accumulation_dtype
 from lcab_plugin.masks import AttentionMask
 
 
@@ -14,7 +14,15 @@ class Naive:
     """Scores and probabilities are materialised as [b, h, q, k] in float32 (float64 for float64 inputs)."""
 
     name = "naive"
-    verified = "CPU (torch 2.13), H100 (torch 2.11)"
+    features = Features(
+        devices=("cpu", "cuda"),
+        dtypes=(torch.float32, torch.float64, torch.bfloat16, torch.float16),
+        head_dims="any",
+        native="every mask, as a dense [q, k]",
+        lowering="none",
+        softcap=True,
+        value_dim=True,
+    )
 
     def version(self) -> str:
         return f"torch {torch.__version__}"
@@ -24,6 +32,9 @@ class Naive:
 
     def unsupported(self, q, k, v, mask, options, needs_backward) -> str | None:  # type: ignore[no-untyped-def]
         return None
+
+    def explain(self, mask: AttentionMask, head_dim: int) -> list[NativeCall]:
+        return [NativeCall("dense mask", 1, mask.area, mask.q_len * mask.k_len)]
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, options: KernelOptions

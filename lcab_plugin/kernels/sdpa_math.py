@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lcab_plugin.kernels.contract import KernelOptions, accumulation_dtype
+from lcab_plugin.kernels.contract import Features, KernelOptions, NativeCall, accumulation_dtype
 from lcab_plugin.masks import AttentionMask
 
 
@@ -17,7 +17,14 @@ class SdpaMath:
     """Eager attention: two matrix products around a softmax, in the precision of the inputs."""
 
     name = "sdpa_math"
-    verified = "CPU (torch 2.13), H100 (torch 2.11)"
+    features = Features(
+        devices=("cpu", "cuda"),
+        dtypes=(torch.float32, torch.float64, torch.bfloat16, torch.float16),
+        head_dims="any",
+        native="every mask, as a dense [q, k]",
+        lowering="none",
+        value_dim=True,
+    )
 
     def version(self) -> str:
         return f"torch {torch.__version__}"
@@ -37,6 +44,9 @@ class SdpaMath:
         if options.softcap is not None:
             return "PyTorch's scaled_dot_product_attention has no logit soft cap"
         return None
+
+    def explain(self, mask: AttentionMask, head_dim: int) -> list[NativeCall]:
+        return [NativeCall("dense mask", 1, mask.area, mask.q_len * mask.k_len)]
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, options: KernelOptions
