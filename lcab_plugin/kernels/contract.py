@@ -58,7 +58,8 @@ class NativeCall:
 
     ``what``: the call and its mask in the library's words. ``count``: segments or tiles in it. ``area``:
     visible cells it covers, each exactly once over all calls. ``computed``: cells the library computes for
-    them, in whole blocks. ``copied``: rows of q, k or v copied beforehand (gathers, flips).
+    them, in whole blocks. ``copied``: rows of q, k or v copied beforehand (gathers, flips). ``merged``: rows
+    of its result that meet an earlier call's.
     """
 
     what: str
@@ -66,6 +67,7 @@ class NativeCall:
     area: int
     computed: int
     copied: int = 0
+    merged: int = 0
 
 
 class Kernel(Protocol):

@@ -33,16 +33,14 @@ class Softmax:
             self._out, self._lse = out, lse
             return
         acc_out, acc_lse = self._buffers()
-        if not isinstance(rows, range):
-            part_out, part_lse = acc_out[:, rows], acc_lse[:, :, rows]
-            merge_(part_out, part_lse, out, lse)
-            acc_out[:, rows], acc_lse[:, :, rows] = part_out, part_lse
-            return
-        at = slice(rows.start, rows.stop)
+        at = slice(rows.start, rows.stop) if isinstance(rows, range) else rows
         if fresh:
-            acc_out[:, at], acc_lse[:, :, at] = out, lse
-        else:
-            merge_(acc_out[:, at], acc_lse[:, :, at], out, lse)
+            acc_out[:, at], acc_lse[:, :, at] = out.to(self._dtype), lse.to(self._dtype)
+            return
+        part_out, part_lse = acc_out[:, at], acc_lse[:, :, at]
+        merge_(part_out, part_lse, out, lse)
+        if not isinstance(at, slice):  # an index takes copies
+            acc_out[:, at], acc_lse[:, :, at] = part_out, part_lse
 
     def result(self) -> tuple[Tensor, Tensor]:
         """``out`` in the dtype of the queries, and ``lse``."""
@@ -70,7 +68,7 @@ def merge_(acc_out: Tensor, acc_lse: Tensor, out: Tensor, lse: Tensor) -> None:
     """
     weight = torch.sigmoid(lse - acc_lse).masked_fill_(lse == float("-inf"), 0.0)
     acc_out.lerp_(out.to(acc_out.dtype), weight.transpose(1, 2).unsqueeze(-1))
-    acc_lse.copy_(torch.logaddexp(acc_lse, lse))
+    torch.logaddexp(acc_lse, lse, out=acc_lse)
 
 
 class RowSum:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lcab_plugin.kernels import segments, tiled
 from lcab_plugin.kernels.contract import Features, KernelOptions, NativeCall, deterministic_algorithms
+from lcab_plugin.kernels.lowering import too_deep
 from lcab_plugin.kernels.segments import Segments
 from lcab_plugin.masks import AttentionMask
 
@@ -58,19 +59,23 @@ class SdpaFlash:
             return f"on CUDA it takes float16 and bfloat16, not {str(q.dtype).removeprefix('torch.')}"
         if q.is_cuda and (q.shape[-1] > 256 or q.shape[-1] % 8):
             return f"on CUDA head_dim must be a multiple of 8 up to 256, not {q.shape[-1]}"
+        if q.is_cuda and (reason := too_deep(mask)):
+            return reason
         if q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 0):
             return f"needs compute capability 8.0, {torch.cuda.get_device_name(q.device)} has less"
         return None
 
     def explain(self, mask: AttentionMask, head_dim: int) -> list[NativeCall]:
-        return segments.explain(mask, (128, 64)) if torch.cuda.is_available() else tiled.explain(mask)
+        if torch.cuda.is_available():
+            return segments.explain(mask, (128, 64))
+        return tiled.explain(mask, (64, 512), bands=True, ragged=True)  # row blocks of 32 to 256, all alike
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, options: KernelOptions
     ) -> tuple[Tensor, Tensor]:
         if q.is_cuda:
             return segments.forward(self, q, k, v, mask, options)
-        return tiled.forward(self, q, k, v, mask, options)
+        return tiled.forward(self, q, k, v, mask, options, bands=self)
 
     def backward(
         self,
@@ -85,7 +90,7 @@ class SdpaFlash:
     ) -> Grads:
         if q.is_cuda:
             return segments.backward(self, dout, q, k, v, out, lse, mask, options)
-        return tiled.backward(self, dout, q, k, v, out, lse, mask, options)
+        return tiled.backward(self, dout, q, k, v, out, lse, mask, options, bands=self)
 
     def tile_forward(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, options: KernelOptions
@@ -110,6 +115,29 @@ class SdpaFlash:
             dout, q, k, v, out, lse, 0.0, causal, scale=options.scale
         )
 
+    def band_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, added: Tensor, options: KernelOptions
+    ) -> tuple[Tensor, Tensor]:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, False, attn_mask=added, scale=options.scale
+        )
+
+    def band_backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        added: Tensor,
+        options: KernelOptions,
+    ) -> Grads:
+        lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dout, q, k, v, out, lse, 0.0, False, attn_mask=added, scale=options.scale
+        )
+
     def varlen_forward(
         self, q: Tensor, k: Tensor, v: Tensor, plan: Segments, options: KernelOptions
     ) -> tuple[Tensor, Tensor]:
@@ -120,7 +148,7 @@ class SdpaFlash:
             plan.cu_q,
             plan.cu_k,
             plan.max_q,
-            plan.max_k,
+            plan.span,
             0.0,
             False,
             False,
@@ -153,7 +181,7 @@ class SdpaFlash:
                 plan.cu_q,
                 plan.cu_k,
                 plan.max_q,
-                plan.max_k,
+                plan.span,
                 0.0,
                 False,
                 unused,

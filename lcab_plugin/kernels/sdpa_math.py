@@ -1,7 +1,6 @@
 """PyTorch's unfused attention (``aten::_scaled_dot_product_attention_math``) over a dense boolean mask.
 
-It computes in the precision of its inputs, so it is also the yardstick of every kernel's error budget:
-what eager attention loses in that precision. Memory grows with [q, k] by its nature.
+It computes in the precision of its inputs. Memory grows with [q, k] by its nature.
 """
 
 from __future__ import annotations

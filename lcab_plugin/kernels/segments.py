@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lcab_plugin.kernels.contract import KernelOptions, NativeCall
-from lcab_plugin.kernels.lowering import VarlenCall, varlen_calls
+from lcab_plugin.kernels.lowering import VarlenCall, cells_in_blocks, varlen_calls
 from lcab_plugin.kernels.merge import RowSum, Softmax
 from lcab_plugin.masks import AttentionMask
 
@@ -23,6 +23,8 @@ class Segments:
 
     ``cu_q, cu_k``: int32 [segments + 1], where each segment's rows and keys begin. ``max_q, max_k``: the
     longest. ``left, right``: flash-attn's window, bottom-right aligned in every segment, -1 for no limit.
+    ``span``: the longest of keys, or of rows and keys under a window. FlashAttention 2 and cuDNN judge a
+    window against the longest keys they are told, and cut wrongly where a segment has more rows than that.
     ``rows, keys``: which tokens of the flattened batch they are.
     """
 
@@ -33,6 +35,8 @@ class Segments:
         lengths = segments[:, 1::2] - segments[:, 0::2]
         self.left, self.right = call.left, call.right
         self.max_q, self.max_k = (int(x) for x in lengths.max(0).values)
+        windowed = (self.left, self.right) != (-1, -1)
+        self.span = max(self.max_q, self.max_k) if windowed else self.max_k
         cu = torch.nn.functional.pad(lengths.cumsum(0), (0, 0, 1, 0)).to(torch.int32)
         self.cu_q, self.cu_k = (c.contiguous().to(device) for c in cu.unbind(1))
         self.rows = _rows(segments[:, :2], device)
@@ -45,7 +49,7 @@ class Native(Protocol):
     def varlen_forward(
         self, q: Tensor, k: Tensor, v: Tensor, plan: Segments, options: KernelOptions
     ) -> tuple[Tensor, Tensor]:
-        """``out [t, h, dv]`` and ``lse [h, t]`` (natural log, float32) of ``q [t, h, d], k, v [tk, kv_heads, d]``."""
+        """``out [t, h, dv]``, ``lse [h, t]`` (natural log) of ``q [t, h, d], k, v [tk, kv_heads, d]``."""
 
     def varlen_backward(
         self,
@@ -58,12 +62,27 @@ class Native(Protocol):
         plan: Segments,
         options: KernelOptions,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """``dq, dk, dv`` from an ``out`` and ``lse`` [h, t] of a softmax over these keys and perhaps others."""
+        """``dq, dk, dv`` from ``out`` and ``lse [h, t]`` of a softmax over these keys and perhaps others."""
 
 
 def explain(mask: AttentionMask, blocks: tuple[int, int]) -> list[NativeCall]:
-    """The native calls of a forward under ``mask``, for a library that works in ``blocks`` of (rows, keys)."""
-    raise NotImplementedError
+    """The native calls of a forward under ``mask`` by a library that computes ``blocks`` of (rows, keys)."""
+    return [_explain(call, blocks) for call in varlen_calls(mask)]
+
+
+def _explain(call: VarlenCall, blocks: tuple[int, int]) -> NativeCall:
+    shapes = call.segments[:, 1::2] - call.segments[:, ::2]
+    seen, computed = cells_in_blocks(shapes, call.left, call.right, blocks)
+    names = {(-1, -1): "full", (-1, 0): "causal"}
+    what = names.get((call.left, call.right), f"window ({call.left}, {call.right})")
+    return NativeCall(
+        what=f"varlen {what}" + (", keys gathered" if call.gathered else ""),
+        count=len(shapes),
+        area=int(seen.sum()),
+        computed=int(computed.sum()),
+        copied=call.copied[0] + 2 * call.copied[1],
+        merged=0 if call.fresh else call.rows,
+    )
 
 
 def forward(
@@ -75,9 +94,9 @@ def forward(
     total = Softmax(q, v)
     for call in varlen_calls(mask):
         plan = _segments(call, mask, batch, q.device)
-        taken = (_take(x, rows) for x, rows in ((q, plan.rows), (k, plan.keys), (v, plan.keys)))
+        taken = _take(q, plan.rows), _take(k, plan.keys), _take(v, plan.keys)
         out, lse = native.varlen_forward(*taken, plan, options)
-        total.add(plan.rows, out.unsqueeze(0), lse.unsqueeze(0))
+        total.add(plan.rows, out.unsqueeze(0), lse.unsqueeze(0), fresh=call.fresh)
     out, lse = total.result()
     return out[0].unflatten(0, (batch, -1)), lse[0].unflatten(1, (batch, -1)).transpose(0, 1)
 
@@ -103,7 +122,9 @@ def backward(
         ranges = plan.rows, plan.keys, plan.keys
         grads = native.varlen_backward(
             _take(dout, plan.rows),
-            *(_take(x, rows) for x, rows in zip((q, k, v), ranges, strict=True)),
+            _take(q, plan.rows),
+            _take(k, plan.keys),
+            _take(v, plan.keys),
             _take(out, plan.rows),
             _take(lse, plan.rows).t().contiguous(),
             plan,
@@ -131,5 +152,6 @@ def _rows(ranges: Tensor, device: torch.device) -> range | Tensor:
 
 
 def _take(x: Tensor, rows: range | Tensor) -> Tensor:
-    """Rows of ``x [1, t, ...]`` as ``[rows, ...]``."""
-    return x[0, rows.start : rows.stop] if isinstance(rows, range) else x[0].index_select(0, rows)
+    """Rows of ``x [1, t, ...]`` as ``[rows, ...]``, from a 16-byte boundary on: libraries load that wide."""
+    taken = x[0, rows.start : rows.stop] if isinstance(rows, range) else x[0].index_select(0, rows)
+    return taken if taken.data_ptr() % 16 == 0 else taken.clone()

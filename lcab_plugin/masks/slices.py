@@ -21,6 +21,7 @@ from lcab_plugin.masks import geometry
 from lcab_plugin.masks.blocks import BlockMap, block_map
 from lcab_plugin.masks.checks import integers, size
 from lcab_plugin.masks.geometry import NO_HI, NO_LO, Ints
+from lcab_plugin.masks.intervals import row_intervals
 
 
 class AttnSlice(NamedTuple):
@@ -61,6 +62,10 @@ class AttentionMask:
     slice, left = (sk - sq) - lo and right = hi - (sk - sq) with lo and hi counted from the rectangle's
     corner, is then never negative.
 
+    `tensor` is `array` as an int64 tensor on the CPU, which a torch.compile graph takes as its input. Empty
+    slices fill it up to two rows, as torch.compile makes graphs of their own for sizes 0 and 1. Do not write
+    to it.
+
     Equality and hash go by `digest`, over the lengths and the array: two ways to slice the same cells differ.
 
     Raises LcabError for slices outside the lengths and for two slices that share a cell.
@@ -69,6 +74,7 @@ class AttentionMask:
     q_len: int
     k_len: int
     array: Ints
+    tensor: torch.Tensor
     digest: str
 
     def __init__(self, q_len: int, k_len: int, slices: Iterable[Sequence[int | None]] | NDArray[Any]) -> None:
@@ -89,10 +95,12 @@ class AttentionMask:
 
     def _set(self, q_len: int, k_len: int, array: Ints) -> None:
         array = geometry.canonical(array)
+        fill = np.zeros((2 - len(array), 6), dtype=np.int64) if len(array) < 2 else None
+        tensor = torch.from_numpy(array if fill is None else np.concatenate((array, fill)))
         array.flags.writeable = False
         content = np.array([q_len, k_len], dtype=np.int64).tobytes() + array.tobytes()
         digest = hashlib.blake2b(content, digest_size=16).hexdigest()
-        self.__dict__.update(q_len=q_len, k_len=k_len, array=array, digest=digest)
+        self.__dict__.update(q_len=q_len, k_len=k_len, array=array, tensor=tensor, digest=digest)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"an AttentionMask is immutable; {name!r} cannot be set.")
@@ -126,6 +134,10 @@ class AttentionMask:
 
     def bounds(self) -> tuple[range, range]:
         """The smallest ranges of queries and of keys outside which nothing is visible."""
+        return self._bounds
+
+    @cached_property
+    def _bounds(self) -> tuple[range, range]:
         if self.empty:
             return range(0), range(0)
         (q0, k0), (q1, k1) = self.array[:, [0, 2]].min(axis=0), self.array[:, [1, 3]].max(axis=0)
@@ -159,6 +171,16 @@ class AttentionMask:
     def block_map(self, bq: int, bk: int) -> BlockMap:
         """EMPTY, PARTIAL and FULL blocks of [bq, bk] cells as runs: see BlockMap. Never O(q_len * k_len)."""
         return block_map(self.array, self.q_len, self.k_len, size("bq", bq, least=1), size("bk", bk, least=1))
+
+    def row_intervals(self) -> tuple[Ints, Ints]:
+        """The keys each query sees as intervals, int64 [n, q_len] starts and stops: see ``intervals``."""
+        return row_intervals(self.array, self.q_len)
+
+    def transposed(self) -> AttentionMask:
+        """The mask with queries and keys exchanged."""
+        q0, q1, k0, k1, lo, hi = self.array.T
+        array = np.stack([k0, k1, q0, q1, -hi, -lo], axis=1)  # NO_LO is -NO_HI
+        return AttentionMask.from_disjoint(self.k_len, self.q_len, array)
 
     def to_dense(self, device: torch.device | str | None = None) -> torch.Tensor:
         """Bool [q_len, k_len], True = may attend."""
