@@ -1,0 +1,147 @@
+"""What the kernels read of a mask, as device tensors: a block table and every row's visible intervals."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from lcab_plugin.errors import LcabError
+from lcab_plugin.masks import FULL, PARTIAL, AttentionMask
+
+
+class Plan:
+    """The block table of one mask in blocks of [rows, keys], int32 in one buffer.
+
+    ``lines`` [row blocks, 4]: block, then where its FULL runs begin, where its PARTIAL runs begin and where
+    they end; the line with the most blocks comes first. ``runs`` [n, 2]: first key block and length.
+    ``starts, stops`` [intervals, rows]: the keys each row sees, ascending and apart; unused ones are empty.
+
+    The numbers of runs and of intervals are rounded up to powers of two, so that like masks launch alike;
+    ``spare`` times as many runs leave room for those of other masks.
+    """
+
+    def __init__(
+        self, mask: AttentionMask, rows: int, keys: int, device: torch.device, spare: int = 1
+    ) -> None:
+        lines, runs = _table(mask, rows, keys)
+        starts, stops = mask.row_intervals()
+        self.intervals = _bucket(len(starts))
+        self.kept = self.intervals if self.intervals <= 2 else 0  # intervals held in registers
+        padding = [(0, self.intervals - len(starts)), (0, 0)]
+        runs = np.pad(runs, [(0, spare * _bucket(len(runs)) - len(runs)), (0, 0)])
+        parts = [lines, runs, np.pad(starts, padding), np.pad(stops, padding)]
+        flat = np.concatenate([part.ravel() for part in parts]).astype(np.int32)
+        self.shape = tuple(part.shape for part in parts)
+        self.buffer = torch.from_numpy(flat).to(device)
+        sizes = [part.size for part in parts]
+        self.tensors = tuple(x.view(s) for x, s in zip(self.buffer.split(sizes), self.shape, strict=True))
+        self.lines = self.tensors[0]
+
+    def load(self, other: Plan) -> bool:
+        """Take over the table of ``other`` in place, if it fits."""
+        if self.shape[0] != other.shape[0] or self.kept != other.kept:
+            return False
+        if any(theirs[0] > mine[0] for theirs, mine in zip(other.shape, self.shape, strict=True)):
+            return False
+        self.buffer.zero_()  # intervals that the other does not have are empty
+        for mine, theirs in zip(self.tensors, other.tensors, strict=True):
+            mine[: len(theirs)].copy_(theirs)
+        return True
+
+
+class GraphPlans:
+    """The plans of the launches inside ``with``, in buffers of their own and with room to spare, so that a
+    captured CUDA graph can be replayed under other masks.
+
+    Example::
+
+        with triton.GraphPlans(mask) as plans, torch.cuda.graph(graph):
+            out = lcab.attention(q, k, v, mask, kernel="triton")
+        plans.load(other_mask)  # same lengths, at most about twice the runs
+        graph.replay()
+    """
+
+    def __init__(self, mask: AttentionMask) -> None:
+        self.mask = mask
+        self._plans: dict[tuple[AttentionMask, int, int, torch.device], Plan] = {}
+
+    def __enter__(self) -> GraphPlans:
+        _OWNERS.append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _OWNERS.remove(self)
+
+    def plan(self, mask: AttentionMask, rows: int, keys: int, device: torch.device) -> Plan:
+        """The plan of a launch, made at its first use: warm up inside ``with`` before capturing."""
+        key = mask, rows, keys, device
+        if key not in self._plans:
+            self._plans[key] = Plan(mask, rows, keys, device, spare=2)
+        return self._plans[key]
+
+    def load(self, mask: AttentionMask) -> None:
+        """Let the graph's next replay run ``mask``.
+
+        Raises:
+            LcabError: a block table of ``mask`` does not fit in the captured one; capture again. Part of the
+                graph's tables may then be of ``mask``: load another before the next replay.
+        """
+        for (captured, rows, keys, device), mine in self._plans.items():
+            theirs = _cached(mask if captured == self.mask else mask.transposed(), rows, keys, device)
+            if not mine.load(theirs):
+                raise LcabError(
+                    f"{mask!r} needs block tables of sizes {theirs.shape}, which do not fit in those of the "
+                    f"captured graph, {mine.shape}; capture a graph under this mask"
+                )
+
+
+_OWNERS: list[GraphPlans] = []  # the innermost owns the plans of the launches that follow
+
+
+def plan(mask: AttentionMask, rows: int, keys: int, device: torch.device) -> Plan:
+    """The plan of a launch; building one copies to the device, using one does not."""
+    return _OWNERS[-1].plan(mask, rows, keys, device) if _OWNERS else _cached(mask, rows, keys, device)
+
+
+@lru_cache(maxsize=256)
+def _cached(mask: AttentionMask, rows: int, keys: int, device: torch.device) -> Plan:
+    return Plan(mask, rows, keys, device)
+
+
+@lru_cache(maxsize=256)
+def transposed(mask: AttentionMask) -> AttentionMask:
+    """The mask with rows and keys exchanged."""
+    return mask.transposed()
+
+
+def _table(mask: AttentionMask, rows: int, keys: int) -> tuple[np.ndarray, np.ndarray]:
+    """``lines`` and ``runs``. A FULL block that reaches past the keys becomes PARTIAL: it needs bounds."""
+    blocks = mask.block_map(rows, keys)
+    line = np.repeat(np.arange(blocks.shape[0]), np.diff(blocks.offsets))
+    first, length, kind = blocks.first, blocks.length, blocks.kind
+    if mask.k_len % keys:
+        last = blocks.shape[1] - 1
+        ragged = np.flatnonzero((kind == FULL) & (first + length > last))
+        line = np.append(line, line[ragged])
+        first, kind = (
+            np.append(first, np.full(len(ragged), last)),
+            np.append(kind, np.full(len(ragged), PARTIAL)),
+        )
+        length = np.append(length, np.ones(len(ragged), dtype=length.dtype))
+        length[ragged] -= 1
+    present = length > 0
+    line, first, length, kind = (x[present] for x in (line, first, length, kind))
+    order = np.lexsort((first, kind != FULL, line))
+    line, first, length, kind = (x[order] for x in (line, first, length, kind))
+    begin = np.searchsorted(line, np.arange(blocks.shape[0]))
+    end = np.searchsorted(line, np.arange(blocks.shape[0]), side="right")
+    full = begin + np.bincount(line[kind == FULL], minlength=blocks.shape[0])
+    work = np.bincount(line, weights=length, minlength=blocks.shape[0])
+    lines = np.stack([np.arange(blocks.shape[0]), begin, full, end], axis=1)
+    return lines[np.argsort(-work, kind="stable")], np.stack([first, length], axis=1).reshape(-1, 2)
+
+
+def _bucket(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()

@@ -1,0 +1,244 @@
+"""Which block sizes, warps and stages a launch uses: looked up, never measured on the way.
+
+The table here ships with the package. ``lcab tune`` measures a GPU once and writes its own findings to
+``USER_FILE``, which come first; the same request finds the same launch on every rank that reads the same
+file, and the file's digest is part of the kernel's version. ``deterministic`` keeps to the shipped table.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lcab_plugin.kernels.contract import KernelOptions
+from lcab_plugin.masks import FULL, AttentionMask
+
+Pass = Literal["forward", "dq", "dkv"]
+PASSES: tuple[Pass, ...] = ("forward", "dq", "dkv")
+USER_FILE = Path.home() / ".cache" / "lcab_plugin" / "triton.json"
+
+
+class Config(NamedTuple):
+    """One launch: blocks of ``rows`` x ``keys``, warps, pipeline stages, tensor descriptors (TMA)."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    tma: bool = False
+
+
+class Shape(NamedTuple):
+    """What a launch is tuned by: everything but the mask itself, which enters as ``dense`` (most of the
+    blocks it touches are FULL), and the lengths, which enter as a power of two."""
+
+    which: Pass
+    capability: tuple[int, int]
+    d: int
+    dv: int
+    dtype: torch.dtype
+    group: int
+    dense: bool
+    length: int
+
+    def key(self, gpu: str, triton: str) -> str:
+        """The name of this shape in the user's file."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        mask = "dense" if self.dense else "sparse"
+        size = f"d{self.d} dv{self.dv} {dtype} gqa{self.group} {mask} {self.length}"
+        return f"{gpu} | triton {triton} | {self.which} {size}"
+
+
+# {(pass, head_dim up to): configurations}: the default of dense masks, then that of sparse ones, then what
+# else `lcab tune` tries. No default spills a register: tests/kernels/triton_resources.json has what each one
+# takes on sm_80 and sm_90. Chosen on an H100 (Triton 3.6, bf16, 16K tokens, 64:8 heads).
+HOPPER: dict[tuple[Pass, int], list[Config]] = {
+    ("forward", 64): [
+        Config(64, 128, 4, 2, True),
+        Config(64, 64, 4, 3, True),
+        Config(128, 64, 4, 3, True),
+    ],
+    ("forward", 128): [
+        Config(128, 128, 8, 3, True),
+        Config(64, 64, 4, 3, True),
+        Config(128, 64, 4, 2, True),
+        Config(128, 64, 8, 3, True),
+    ],
+    ("forward", 256): [
+        Config(128, 64, 8, 2, True),
+        Config(128, 64, 8, 2, True),
+        Config(64, 32, 4, 2, True),
+    ],
+    ("dq", 64): [
+        Config(64, 64, 4, 2, True),
+        Config(64, 64, 4, 2, True),
+        Config(64, 64, 4, 3, True),
+    ],
+    ("dq", 128): [
+        Config(128, 64, 8, 3, True),
+        Config(64, 64, 4, 2, True),
+        Config(128, 128, 8, 2, True),
+    ],
+    ("dq", 256): [
+        Config(128, 32, 8, 2, True),
+        Config(128, 32, 8, 2, True),
+        Config(64, 32, 4, 2, True),
+    ],
+    ("dkv", 64): [
+        Config(32, 64, 4, 3, True),
+        Config(32, 64, 4, 3, True),
+        Config(64, 64, 4, 2, True),
+    ],
+    ("dkv", 128): [
+        Config(32, 128, 8, 3, True),
+        Config(32, 64, 4, 3, True),
+        Config(64, 64, 4, 2, True),
+        Config(64, 128, 8, 3, True),
+    ],
+    ("dkv", 256): [
+        Config(32, 32, 8, 2, True),
+        Config(32, 32, 8, 2, True),
+        Config(32, 64, 8, 2, True),
+    ],
+}
+AMPERE: dict[tuple[Pass, int], list[Config]] = {
+    ("forward", 64): [Config(128, 64, 8, 3), Config(64, 32, 4, 3)],
+    ("forward", 128): [Config(64, 32, 4, 3), Config(64, 32, 4, 2)],
+    ("forward", 256): [Config(64, 32, 8, 2), Config(64, 32, 8, 2)],
+    ("dq", 64): [Config(128, 64, 8, 2), Config(64, 32, 4, 2)],
+    ("dq", 128): [Config(64, 64, 8, 2), Config(64, 32, 4, 2)],
+    ("dq", 256): [Config(64, 32, 8, 2), Config(64, 32, 8, 2)],
+    ("dkv", 64): [Config(32, 64, 8, 2), Config(32, 32, 4, 2)],
+    ("dkv", 128): [Config(32, 64, 8, 2), Config(32, 64, 8, 2)],
+    ("dkv", 256): [Config(32, 32, 8, 1), Config(32, 32, 8, 1)],
+}
+FLOAT32: dict[tuple[Pass, int], list[Config]] = {
+    ("forward", 64): [Config(32, 32, 4, 1)],
+    ("forward", 128): [Config(32, 16, 8, 1)],
+    ("forward", 256): [Config(16, 16, 16, 1)],
+    ("dq", 64): [Config(32, 32, 4, 1)],
+    ("dq", 128): [Config(32, 16, 4, 1)],
+    ("dq", 256): [Config(16, 32, 16, 1)],
+    ("dkv", 64): [Config(16, 32, 4, 1)],
+    ("dkv", 128): [Config(16, 32, 8, 1)],
+    ("dkv", 256): [Config(16, 16, 8, 1)],
+}
+
+
+def choose(
+    which: Pass,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    streamed: tuple[Tensor, Tensor],
+    mask: AttentionMask,
+    options: KernelOptions,
+) -> Config:
+    """The configuration of one launch: the user's for this GPU and shape if there is one, else the shipped.
+
+    ``streamed``: the two tensors that the pass reads block after block. Where the tensor memory accelerator
+    cannot read them, the launch is one for GPUs that have none.
+    """
+    shape = Shape(
+        which,
+        capability(q.device) if all(map(describable, streamed)) else (8, 0),
+        q.shape[-1],
+        v.shape[-1],
+        q.dtype,
+        q.shape[2] // k.shape[2],
+        is_dense(mask),
+        1 << (max(q.shape[1], k.shape[1]) - 1).bit_length(),
+    )
+    if not options.deterministic and q.is_cuda and (found := tuned(q.device).get(shape)):
+        return found
+    return candidates(shape)[0]
+
+
+def describable(x: Tensor) -> bool:
+    """Whether the tensor memory accelerator can read it: 16-byte base and strides."""
+    return x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:3])
+
+
+@lru_cache(maxsize=1024)
+def candidates(shape: Shape) -> list[Config]:
+    """What ``lcab tune`` may choose from, the shipped default first."""
+    table = FLOAT32 if shape.dtype == torch.float32 else HOPPER if shape.capability[0] == 9 else AMPERE
+    width = next(w for w in (64, 128, 256) if max(shape.d, shape.dv) <= w)
+    configs = table[shape.which, width]
+    return configs if shape.dense or len(configs) == 1 else [configs[1], configs[0], *configs[2:]]
+
+
+@lru_cache(maxsize=1024)
+def is_dense(mask: AttentionMask) -> bool:
+    """Whether most of the 128 x 128 blocks that the mask touches are FULL."""
+    blocks = mask.block_map(128, 128)
+    return 2 * int(blocks.length[blocks.kind == FULL].sum()) >= int(blocks.length.sum())
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """The GPU's compute capability; (8, 0) for tensors on a CPU, where the interpreter runs."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+
+
+class _Tuned(dict[Shape, "Config | None"]):
+    """The user's findings for one GPU, looked up by shape and remembered."""
+
+    def __init__(self, gpu: str) -> None:
+        super().__init__()
+        import triton
+
+        self.gpu, self.triton, self.entries = gpu, triton.__version__, read()
+
+    def __missing__(self, shape: Shape) -> Config | None:
+        found = self.entries.get(shape.key(self.gpu, self.triton))
+        self[shape] = found
+        return found
+
+    def get(self, shape: Shape, default: object = None) -> Config | None:
+        return self[shape]
+
+
+@cache
+def tuned(device: torch.device) -> _Tuned:
+    """The user's findings for this GPU."""
+    return _Tuned(torch.cuda.get_device_name(device))
+
+
+def read(path: Path | None = None) -> dict[str, Config]:
+    """The user's file; nothing where there is none, and nothing of one that cannot be read."""
+    try:
+        entries = json.loads((path or USER_FILE).read_text())
+        return {key: Config(*value) for key, value in entries.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def write(found: dict[str, Config], path: Path | None = None) -> Path:
+    """Add findings to the user's file: written beside it and renamed, so that no reader sees half of one."""
+    path = path or USER_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    entries = {**read(path), **found}
+    handle, beside = tempfile.mkstemp(dir=path.parent, suffix=".json")
+    with os.fdopen(handle, "w") as file:
+        json.dump({key: list(config) for key, config in sorted(entries.items())}, file, indent=1)
+    Path(beside).replace(path)
+    tuned.cache_clear()
+    return path
+
+
+def suffix() -> str:
+    """``", tuned <digest>"`` where the user's file holds findings."""
+    entries = read()
+    if not entries:
+        return ""
+    digest = hashlib.blake2b(json.dumps(sorted(entries.items())).encode(), digest_size=4).hexdigest()
+    return f", tuned {digest}"

@@ -1,0 +1,168 @@
+"""Our Triton kernel without a GPU: interpreted, compiled, its plans painted, its table of launches read."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cases import inputs, twelve
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lcab_plugin as lcab
+from lcab_plugin import masks
+from lcab_plugin.kernels import KernelOptions
+from lcab_plugin.kernels.triton import tuning
+from lcab_plugin.kernels.triton.plan import Plan
+from lcab_plugin.kernels.triton.tuning import Config
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+HERE = Path(__file__).parent
+
+
+def test_under_the_interpreter():
+    """Forward and backward of every mask, in a process where Triton interprets."""
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted_triton.py")],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=HERE.parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def resources():
+    import triton
+    from kernels import triton_resources
+
+    table = json.loads(triton_resources.TABLE.read_text())
+    return triton_resources, table["configurations"] if table["triton"] == triton.__version__ else None
+
+
+def _cells():
+    from kernels import triton_resources
+
+    return list(triton_resources.cells())
+
+
+@pytest.mark.parametrize("cell", _cells(), ids=lambda c: f"sm{c[3]}-{c[2]}-{c[0]}-d{c[1]}-{c[4]}")
+def test_every_configuration_compiles(cell, resources):
+    """For the architecture it is meant for: within its shared memory, on its tensor cores, without spills
+    where it is a default, and as the committed table says (for the Triton that wrote it)."""
+    module, table = resources
+    which, width, dtype, arch, config, default = cell
+    found = module.compile_cell(which, width, dtype, arch, config)
+    assert found["shared"] <= module.SHARED_LIMIT[arch]
+    if dtype == "bf16":
+        assert found["wgmma"] if config.tma and config.keys >= 64 else found["wgmma"] + found["mma"]
+    if default:
+        assert found["local"] == 0, "a default spills registers"
+    if table is not None:
+        assert found == table[module.name(*cell[:5])], "run python tests/kernels/triton_resources.py"
+
+
+def painted(plan: Plan, q_len: int, k_len: int, rows: int, keys: int) -> np.ndarray:
+    """The cells that the kernels would compute: FULL blocks whole, PARTIAL ones where an interval says so."""
+    lines, runs, starts, stops = (x.numpy() for x in plan.tensors)
+    column = np.arange(k_len)
+    seen = np.zeros((q_len, k_len), dtype=int)
+    allowed = ((column >= starts[..., None]) & (column < stops[..., None])).any(0)
+    for block, full, partial, end in lines:
+        own = slice(block * rows, (block + 1) * rows)
+        for run in range(full, end):
+            first, length = runs[run]
+            span = slice(first * keys, (first + length) * keys)
+            if run < partial:
+                assert (first + length) * keys <= k_len, "a FULL block without bounds passes the end"
+                seen[own, span] += 1
+            else:
+                seen[own, span] += allowed[own, span]
+    return seen
+
+
+@given(
+    name=st.sampled_from(masks.names()),
+    n=st.integers(96, 150),
+    rows=st.sampled_from([16, 32]),
+    keys=st.sampled_from([16, 32]),
+    data=st.data(),
+)
+@settings(max_examples=200, deadline=None)
+def test_a_plan_is_its_mask(name, n, rows, keys, data):
+    q0, k0 = data.draw(st.integers(0, 40)), data.draw(st.integers(0, 40))
+    mask = twelve(n)[name].local([range(q0, n)], [range(k0, n)])
+    for one in (mask, mask.transposed()):
+        plan = Plan(one, rows, keys, torch.device("cpu"))
+        seen = painted(plan, one.q_len, one.k_len, rows, keys)
+        np.testing.assert_array_equal(seen, one.to_dense().int().numpy())
+        work = [int(plan.tensors[1][a:b, 1].sum()) for _, a, _, b in plan.lines.tolist()]
+        assert work == sorted(work, reverse=True), "the heaviest rows start first"
+    torch.testing.assert_close(mask.transposed().to_dense(), mask.to_dense().T)
+
+
+def shape(**change):
+    given = {
+        "which": "forward",
+        "capability": (9, 0),
+        "d": 128,
+        "dv": 128,
+        "dtype": torch.bfloat16,
+        "group": 8,
+        "dense": True,
+        "length": 4096,
+    }
+    return tuning.Shape(**(given | change))
+
+
+def test_a_launch_is_looked_up_by_shape_and_never_by_mask():
+    assert tuning.candidates(shape())[0] == tuning.HOPPER["forward", 128][0]
+    assert tuning.candidates(shape(dense=False))[0] == tuning.HOPPER["forward", 128][1]
+    assert tuning.candidates(shape(d=96))[0] == tuning.HOPPER["forward", 128][0]
+    assert tuning.candidates(shape(d=96, dv=192))[0] == tuning.HOPPER["forward", 256][0]
+    assert not tuning.candidates(shape(capability=(8, 6)))[0].tma
+    assert tuning.candidates(shape(dtype=torch.float32))[0] == tuning.FLOAT32["forward", 128][0]
+    assert tuning.is_dense(masks.causal(4096))
+    assert not tuning.is_dense(masks.sliding_window_causal(4096, 128))
+
+
+def test_findings_outlive_the_process(tmp_path):
+    path = tmp_path / "deep" / "triton.json"
+    assert tuning.read(path) == {}
+    tuning.write({"a": Config(64, 64, 4, 3, True)}, path)
+    tuning.write({"b": Config(32, 64, 4, 2)}, path)
+    assert tuning.read(path) == {"a": Config(64, 64, 4, 3, True), "b": Config(32, 64, 4, 2, False)}
+    assert [p.name for p in path.parent.iterdir()] == ["triton.json"]
+    path.write_text("{half")
+    assert tuning.read(path) == {}
+
+
+def test_unaligned_tensors_are_not_given_to_the_tensor_memory_accelerator():
+    k = inputs(64, 64, 2, 1, 64, torch.bfloat16)[1]
+    assert tuning.describable(k)
+    moved = torch.empty(k.numel() + 1, dtype=k.dtype)[1:].view(k.shape)
+    assert not tuning.describable(moved)
+
+
+def test_it_says_why_it_does_not_run():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    q, k, v, _ = inputs(64, 64, 2, 1, 64, torch.float32)
+    assert "CUDA GPU" in lcab.kernels.availability()["triton"]
+    with pytest.raises(lcab.UnsupportedError, match="needs a CUDA GPU"):
+        lcab.attention(q, k, v, masks.causal(64), kernel="triton")
+    kernel = lcab.kernels.get("triton")
+    for x, options, reason in (
+        (q.double(), KernelOptions(1.0), "not float64"),
+        (q, KernelOptions(-1.0), "must be positive, not -1.0"),
+        (q.repeat(1, 1, 1, 5), KernelOptions(1.0), "at most 256, not 320"),
+    ):
+        assert reason in kernel.unsupported(x, x, x, masks.causal(64), options, False)
