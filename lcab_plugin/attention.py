@@ -1,154 +1,23 @@
 """One attention call, and the drop-in module.
 
-An *operation* has ``forward`` and ``backward`` on running sums; ``Local`` is one around a kernel, and each
-context-parallel strategy is one around another operation, so strategies compose without knowing kernels.
+Under ``torch.compile`` the call is one operator of the graph (``torch_op``), else an autograd function around
+a kernel. Over a context-parallel group it runs outside of graphs, behind a graph break; ``fullgraph=True``
+therefore stops there with an error that quotes the line.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from functools import lru_cache
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from lcab_plugin import kernels
+from lcab_plugin import kernels, torch_op  # noqa: F401  (torch_op registers torch.ops.lcab)
 from lcab_plugin.errors import LcabError, UnsupportedError
 from lcab_plugin.kernels.contract import Kernel, KernelOptions
-from lcab_plugin.kernels.merge import RowSum, Softmax
-from lcab_plugin.layout import View
 from lcab_plugin.masks import AttentionMask
-
-Sums = tuple[RowSum, RowSum, RowSum]  # of dq, dk, dv
-
-
-class Operation(Protocol):
-    """Attention of these queries to these keys, added to what was there before."""
-
-    def forward(
-        self, total: Softmax, q: Tensor, k: Tensor, v: Tensor, view: View, options: KernelOptions
-    ) -> None:
-        """Merge the attention over the keys of ``view`` into ``total``."""
-
-    def backward(self, sums: Sums, saved: Saved, view: View, options: KernelOptions) -> None:
-        """Add the gradients of the keys of ``view`` to ``sums``."""
-
-
-class Saved(NamedTuple):
-    """What every backward is given, in the kernels' order."""
-
-    dout: Tensor
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    out: Tensor
-    lse: Tensor
-
-
-class MaskView(Protocol):
-    """The part of a mask between the rows and the keys at hand."""
-
-    def local(self) -> AttentionMask: ...
-
-
-@dataclass(frozen=True)
-class Whole:
-    """The view of a single device: all rows, all keys."""
-
-    mask: AttentionMask
-
-    def local(self) -> AttentionMask:
-        return self.mask
-
-
-class Local:
-    """A kernel on this rank's tensors, cropped to what the mask lets it see."""
-
-    def __init__(self, kernel: Kernel, needs_backward: bool) -> None:
-        self.kernel, self.needs_backward = kernel, needs_backward
-
-    def forward(
-        self, total: Softmax, q: Tensor, k: Tensor, v: Tensor, view: MaskView, options: KernelOptions
-    ) -> None:
-        mask = view.local()
-        if mask.empty:
-            return
-        rows, keys = mask.bounds()
-        q, k, v, mask = _rows(q, rows), _rows(k, keys), _rows(v, keys), mask.local((rows,), (keys,))
-        require_supported(self.kernel, q, k, v, mask, options, self.needs_backward)
-        total.add(rows, *self.kernel.forward(q, k, v, mask, options))
-
-    def backward(self, sums: Sums, saved: Saved, view: MaskView, options: KernelOptions) -> None:
-        mask = view.local()
-        if mask.empty:
-            return
-        rows, keys = mask.bounds()
-        grads = self.kernel.backward(
-            _rows(saved.dout, rows),
-            _rows(saved.q, rows),
-            _rows(saved.k, keys),
-            _rows(saved.v, keys),
-            _rows(saved.out, rows),
-            saved.lse[:, :, rows.start : rows.stop],
-            mask.local((rows,), (keys,)),
-            options,
-        )
-        for total, at, grad in zip(sums, (rows, keys, keys), grads, strict=True):
-            total.add(at, grad)
-
-
-def needs_backward(*tensors: Tensor) -> bool:
-    """Whether autograd will ask for the gradient of one of these."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-
-
-def _rows(x: Tensor, rows: range) -> Tensor:
-    return x[:, rows.start : rows.stop]
-
-
-def require_supported(
-    kernel: Kernel,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: AttentionMask,
-    options: KernelOptions,
-    needs_backward: bool,
-) -> None:
-    """Raise the kernel's reason if it cannot serve this call.
-
-    Raises:
-        UnsupportedError: the reason, and how to see what else there is.
-    """
-    reason = kernel.unavailable() or kernel.unsupported(q, k, v, mask, options, needs_backward)
-    if reason:
-        raise UnsupportedError(
-            f"kernel {kernel.name!r} cannot run this attention: {reason}. `lcab kernels` lists the others."
-        )
-
-
-class AttentionFunction(torch.autograd.Function):
-    """Autograd for any operation: saves q, k, v, out and lse of this rank and nothing else."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, op: Operation, view: View, options: KernelOptions
-    ) -> tuple[Tensor, Tensor]:
-        total = Softmax(q, v)
-        op.forward(total, q, k, v, view, options)
-        out, lse = total.result()
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.call = op, view, options
-        ctx.mark_non_differentiable(lse)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor, _: Tensor) -> Any:
-        q, k, v, out, lse = ctx.saved_tensors
-        op, view, options = ctx.call
-        sums = RowSum(q), RowSum(k), RowSum(v)
-        op.backward(sums, Saved(dout.contiguous(), q, k, v, out, lse), view, options)
-        return *(total.result() for total in sums), None, None, None
+from lcab_plugin.operation import Local, Whole, attend, needs_backward
 
 
 class Parallel(Protocol):
@@ -163,6 +32,7 @@ class Parallel(Protocol):
         kernel: Kernel,
         options: KernelOptions,
         return_lse: bool,
+        sink: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]: ...
 
 
@@ -176,10 +46,12 @@ def attention(
     scale: float | None = None,
     softcap: float | None = None,
     deterministic: bool = False,
+    sink: Tensor | None = None,
+    dropout: float = 0.0,
     cp: Parallel | None = None,
     return_lse: bool = False,
 ) -> Any:
-    """Softmax attention under ``mask``, differentiable in q, k and v.
+    """Softmax attention under ``mask``, differentiable in q, k, v and the sink.
 
     Args:
         q: ``[batch, tokens, heads, head_dim]``; with ``cp``, this rank's rows.
@@ -189,9 +61,14 @@ def attention(
         scale: softmax scale, ``head_dim ** -0.5`` if None.
         softcap: logits become ``softcap * tanh(logits / softcap)``.
         deterministic: the backward must be bitwise repeatable.
+        sink: ``[heads]``, one more logit in the softmax of every row of a head, with value zero (learnable
+            attention sinks; neither scaled nor soft-capped). With ``cp`` every rank gives all heads' sinks,
+            and its gradient is this rank's share: the sum over the group is the whole, as for any parameter
+            that the ranks of the group hold copies of.
+        dropout: a framework's attention dropout probability, refused above 0 where gradients are wanted.
         cp: the group the sequence is split over (``lcab_plugin.context_parallel``).
-        return_lse: also return ``lse [batch, heads, tokens]`` (float32, natural log, ``-inf`` where a row
-            sees no key). lse is not differentiable.
+        return_lse: also return ``lse [batch, heads, tokens]`` (float32, natural log, the sink included,
+            ``-inf`` where a row sees neither key nor sink). lse is not differentiable.
 
     Returns:
         ``out [batch, tokens, heads, value head_dim]``, or ``(out, lse)``.
@@ -200,39 +77,94 @@ def attention(
         LcabError: a shape, a name or the mask does not fit; the message says which.
         UnsupportedError: the kernel cannot serve this call; the message says why.
     """
-    chosen = kernels.get(kernel)
-    problem = _shape_problem(q, k, v)
-    if problem is None and softcap is not None and softcap <= 0:
-        problem = f"softcap {softcap} is not positive; leave it out for none"
-    if problem:
+    if dropout:
+        refuse_dropout(dropout, torch.is_grad_enabled())
+    problem = _problem(q, k, v, softcap, sink)
+    if problem is None and cp is None and (q.shape[1] != mask.q_len or k.shape[1] != mask.k_len):
+        problem = (
+            f"the mask is for {mask.q_len} queries and {mask.k_len} keys, the tensors have {q.shape[1]} "
+            f"and {k.shape[1]}; build the mask for this length, or pass cp= if these are shards"
+        )
+    if problem is not None:
         raise LcabError(problem)
-    options = KernelOptions(q.shape[-1] ** -0.5 if scale is None else scale, softcap, deterministic)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
     if cp is not None:
-        out, lse = cp.attend(q, k, v, mask, chosen, options, return_lse)
+        run = _over_group
+        if torch.compiler.is_compiling():  # ranks compare, plan and exchange in there: not of one graph
+            run = torch.compiler.disable(run, reason="context parallelism needs fullgraph=False")
+        out, lse = run(cp, q, k, v, mask, kernel, (scale, softcap, deterministic), return_lse, sink)
+    elif torch.compiler.is_compiling():
+        call = scale, softcap, deterministic, needs_backward(q, k, v)
+        out, lse = torch.ops.lcab.attention(q, k, v, sink, mask.tensor, kernel, *call)
     else:
-        if (q.shape[1], k.shape[1]) != (mask.q_len, mask.k_len):
-            raise LcabError(
-                f"the mask is for {mask.q_len} queries and {mask.k_len} keys, the tensors have {q.shape[1]} "
-                f"and {k.shape[1]}; build the mask for this length, or pass cp= if these are shards"
-            )
-        local = Local(chosen, needs_backward(q, k, v))
-        out, lse = AttentionFunction.apply(q, k, v, local, Whole(mask), options)
+        local = Local(kernels.get(kernel), needs_backward(q, k, v))
+        out, lse = attend(q, k, v, sink, local, Whole(mask), _options(scale, softcap, deterministic))
     return (out, lse) if return_lse else out
 
 
-def _shape_problem(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+_options = lru_cache(KernelOptions)
+
+
+def _over_group(
+    cp: Parallel,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: AttentionMask,
+    kernel: str,
+    options: tuple[float, float | None, bool],
+    return_lse: bool,
+    sink: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    return cp.attend(q, k, v, mask, kernels.get(kernel), _options(*options), return_lse, sink)
+
+
+def refuse_dropout(dropout: float, training: bool) -> None:
+    """Refuse attention dropout while training: no kernel here drops probabilities.
+
+    Raises:
+        UnsupportedError: names the flag that turns it off.
+    """
+    if dropout and training:
+        raise UnsupportedError(
+            f"attention dropout {dropout} is not applied by any kernel here; train with dropout=0.0 (the "
+            "model's attention_dropout, in Megatron --attention-dropout 0)"
+        )
+
+
+def _problem(q: Tensor, k: Tensor, v: Tensor, softcap: float | None, sink: Tensor | None) -> str | None:
+    """What is wrong with the arguments, in words that name the values."""
     if not q.dim() == k.dim() == v.dim() == 4:
-        return f"q, k and v must be [batch, tokens, heads, head_dim], not {shapes}"
-    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0]:
-        return f"k and v must share batch, tokens and heads, and q their batch: {shapes}"
-    if q.shape[-1] != k.shape[-1]:
-        return f"q and k must have the same head_dim: {shapes}"
-    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
-        return f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} key/value heads"
+        return f"q, k and v must be [batch, tokens, heads, head_dim], not {_shapes(q, k, v)}"
+    (b, _, heads, dim), (kv_b, _, kv_heads, k_dim) = q.shape, k.shape
+    if k.shape[:3] != v.shape[:3] or b != kv_b:
+        return f"k and v must share batch, tokens and heads, and q their batch: {_shapes(q, k, v)}"
+    if dim != k_dim:
+        return f"q and k must have the same head_dim: {_shapes(q, k, v)}"
+    if kv_heads == 0 or heads % kv_heads:
+        return f"{heads} query heads are not a multiple of {kv_heads} key/value heads"
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
         return f"q, k and v must share one floating dtype, not {q.dtype}, {k.dtype}, {v.dtype}"
+    if softcap is not None and softcap <= 0:
+        return f"softcap {softcap} is not positive; leave it out for none"
+    if sink is not None and (sink.shape != (heads,) or not sink.is_floating_point()):
+        return f"sink must be floating [{heads}], one logit per query head, not {sink.dtype} {[*sink.shape]}"
     return None
+
+
+def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
+    return f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+
+
+class _ForEveryMask:
+    """A group whose layout is made for the mask of each call."""
+
+    def __init__(self, cp: Any) -> None:
+        self.cp = cp
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, *rest: Any) -> Any:
+        return self.cp.with_layout(mask=mask).attend(q, k, v, mask, *rest)
 
 
 class Settings(Protocol):
@@ -271,15 +203,25 @@ class Attention(nn.Module):
             kernels.get(self.kernel)
         self.cp = cp
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, cp: Any = None) -> Tensor:
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: AttentionMask,
+        cp: Any = None,
+        *,
+        sink: Tensor | None = None,
+        dropout: float = 0.0,
+    ) -> Tensor:
         """Attention of this rank's rows, ``[b, tokens, heads, d]``, under the batch's global ``mask``.
 
         ``cp``: the bound group with this batch's layout (``cp.with_layout(...)``); without it the bound
-        group's own layout is used, made for the mask's length.
+        group's own layout is used, made for the mask's length. ``sink``: as in :func:`attention`, a parameter
+        of the module around this one. ``dropout``: refused above 0 in training mode, without effect in eval.
         """
-        group = cp if cp is not None else self.cp
-        if group is not None and cp is None:
-            group = group.with_layout(mask=mask)
+        refuse_dropout(dropout, self.training)
+        group = cp if cp is not None or self.cp is None else _ForEveryMask(self.cp)
         return attention(
             q,
             k,
@@ -289,6 +231,7 @@ class Attention(nn.Module):
             scale=self.scale,
             softcap=self.softcap,
             deterministic=self.deterministic,
+            sink=sink,
             cp=group,
         )
 

@@ -19,8 +19,10 @@ ARROWS: dict[str, set[str]] = {
     "masks": {"errors"},
     "kernels": {"errors", "masks"},
     "layout": {"errors", "masks"},
-    "attention": {"errors", "masks", "layout", "kernels"},
-    "context_parallel": {"errors", "masks", "layout", "attention", "kernels"},
+    "operation": {"errors", "masks", "layout", "kernels"},
+    "torch_op": {"errors", "masks", "operation", "kernels"},
+    "attention": {"errors", "masks", "operation", "torch_op", "kernels"},
+    "context_parallel": {"errors", "masks", "layout", "operation", "kernels"},
 }
 ARROWS["config"] = {*ARROWS, "context_parallel"}
 ARROWS["adapters"] = {*ARROWS}
@@ -29,9 +31,19 @@ ARROWS["bench"] = {*ARROWS}
 ARROWS["cli"] = {*ARROWS}
 ARROWS["__init__"] = {*ARROWS} - {"adapters", "training", "bench", "cli"}
 
-KERNELS_SHARED = {"contract", "lowering", "merge", "segments", "tiled"}  # a kernel may import these; context_parallel too
+# a kernel may import these; context_parallel too
+KERNELS_SHARED = {"contract", "cudnn_limits", "lowering", "merge", "segments", "tiled"}
 FRAMEWORKS = {"deepspeed", "megatron", "transformers"}
-NO_ENVIRONMENT = {"masks", "kernels", "layout", "attention", "context_parallel", "config"}
+NO_ENVIRONMENT = {
+    "masks",
+    "kernels",
+    "layout",
+    "operation",
+    "torch_op",
+    "attention",
+    "context_parallel",
+    "config",
+}
 HEAVY = ["rich", "typer", "pydantic", "matplotlib", "jinja2", "triton", *sorted(FRAMEWORKS)]
 
 

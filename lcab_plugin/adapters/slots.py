@@ -13,12 +13,15 @@ from lcab_plugin.config import AttentionConfig
 from lcab_plugin.context_parallel import ContextParallel
 from lcab_plugin.errors import LcabError, UnsupportedError
 
+# As models call the dropout of probabilities; a plain "dropout" may be the residual's.
+_DROPOUT = ("attention_dropout", "attn_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+
 
 def find(model: nn.Module) -> list[tuple[str, Attention]]:
     """Every ``lcab_plugin.Attention`` of the model with its dotted name.
 
     Raises:
-        LcabError: the model has none.
+        LcabError: the model has none, or one stands in a module with attention dropout.
     """
     slots = [(name, module) for name, module in model.named_modules() if isinstance(module, Attention)]
     if not slots:
@@ -26,7 +29,26 @@ def find(model: nn.Module) -> list[tuple[str, Attention]]:
             f"{type(model).__name__} has no attention slot: build lcab_plugin.Attention() where the model "
             "calls its attention, as self.attn(q, k, v, mask) with tensors [batch, tokens, heads, head_dim]"
         )
+    for name, _ in slots:
+        _refuse_dropout(*_around(model, name))
     return slots
+
+
+def _around(model: nn.Module, name: str) -> tuple[str, nn.Module]:
+    """The module that the slot called ``name`` stands in, and its name."""
+    path = name.rpartition(".")[0]
+    return path or type(model).__name__, model.get_submodule(path)
+
+
+def _refuse_dropout(path: str, module: nn.Module) -> None:
+    """No kernel here drops probabilities, so that a model made for it would train without a word."""
+    for name in _DROPOUT:
+        value = getattr(module, name, 0.0)
+        rate = value.p if isinstance(value, nn.Dropout) else value
+        if isinstance(rate, float | int) and rate > 0:
+            raise UnsupportedError(
+                f"{path} has {name} = {rate}, but attention dropout is not applied here; set it to 0"
+            )
 
 
 def bind(

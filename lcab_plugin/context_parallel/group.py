@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from lcab_plugin import layout as layouts
-from lcab_plugin.attention import AttentionFunction, Local, Operation, needs_backward, require_supported
 from lcab_plugin.context_parallel import collectives
 from lcab_plugin.context_parallel.ring_all_gather import RingAllGather
 from lcab_plugin.context_parallel.ring_p2p import RingP2P
@@ -18,6 +17,7 @@ from lcab_plugin.errors import LcabError
 from lcab_plugin.kernels.contract import Kernel, KernelOptions
 from lcab_plugin.layout import Layout, View
 from lcab_plugin.masks import AttentionMask
+from lcab_plugin.operation import Local, Operation, attend, needs_backward, require_supported
 
 _RINGS: dict[str, type[RingP2P] | type[RingAllGather]] = {
     "ring_p2p": RingP2P,
@@ -157,27 +157,37 @@ class ContextParallel:
         kernel: Kernel,
         options: KernelOptions,
         return_lse: bool,
+        sink: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """``out [b, t, h, dv]`` of this rank's rows under the global ``mask``, and ``lse [b, h, t]`` where it
-        is wanted (Ulysses must exchange it)."""
-        self._check(q, k, v, mask, kernel, options)
+        is wanted (Ulysses must exchange it). ``sink``: all heads', on every rank."""
+        self._check(q, k, v, mask, kernel, options, sink)
         view = View(mask, self.layout, (self.rank,), (self.rank,))
         op: Operation = Local(kernel, needs_backward(q, k, v))
         if "ring" in self._axes:
             op = _RINGS[self.strategy](op, self._axes["ring"])
         ulysses = self._axes.get("ulysses")
         if ulysses is None or ulysses.size == 1:
-            return AttentionFunction.apply(q, k, v, op, view, options)
+            return attend(q, k, v, sink, op, view, options)
         exchange = HeadExchange(ulysses, view, q, k)
+        if sink is not None:
+            sink = sink[exchange.slices(exchange.heads)[ulysses.index]]
         q, k, v = ToHeads.apply(exchange, q, k, v)
-        out, lse = AttentionFunction.apply(q, k, v, op, ulysses.all_rows(view), options)
+        out, lse = attend(q, k, v, sink, op, ulysses.all_rows(view), options)
         if return_lse:
             lse = exchange.to_tokens((lse.transpose(1, 2).unsqueeze(-1),), (exchange.heads,))[0]
             lse = lse.squeeze(-1).transpose(1, 2)
         return ToTokens.apply(exchange, out), lse if return_lse else None
 
     def _check(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, kernel: Kernel, options: KernelOptions
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: AttentionMask,
+        kernel: Kernel,
+        options: KernelOptions,
+        sink: Tensor | None,
     ) -> None:
         """What is wrong with this call, raised on every rank at the group's first call."""
         problem = None
@@ -196,6 +206,7 @@ class ContextParallel:
             "layout": self.layout_name,
             "mask": mask.digest,
             "dtype": str(q.dtype),
+            "sink": sink is not None,
             "batch, heads, kv_heads, head_dim": (q.shape[0], q.shape[2], k.shape[2], q.shape[3]),
         }
         collectives.require_agreement("the attention call", call, self.group)

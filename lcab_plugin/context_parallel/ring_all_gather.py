@@ -11,12 +11,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lcab_plugin.attention import Operation, Saved, Sums
 from lcab_plugin.context_parallel import collectives
 from lcab_plugin.context_parallel.topology import Axis
 from lcab_plugin.kernels.contract import KernelOptions, accumulation_dtype
 from lcab_plugin.kernels.merge import RowSum, Softmax
 from lcab_plugin.layout import Layout, View
+from lcab_plugin.operation import Operation, Saved, Sums
 
 
 class RingAllGather:

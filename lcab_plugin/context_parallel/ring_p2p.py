@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lcab_plugin.attention import Operation, Saved, Sums
 from lcab_plugin.context_parallel.collectives import RingExchange
 from lcab_plugin.context_parallel.topology import Axis
 from lcab_plugin.kernels.contract import KernelOptions, accumulation_dtype
 from lcab_plugin.kernels.merge import RowSum, Softmax
 from lcab_plugin.layout import View
+from lcab_plugin.operation import Operation, Saved, Sums
 
 
 class RingP2P:

@@ -8,7 +8,7 @@ from deepspeed.sequence.layer import DistributedAttention
 from torch import Tensor, nn
 
 from lcab_plugin import masks
-from lcab_plugin.attention import Attention
+from lcab_plugin.attention import Attention, refuse_dropout
 from lcab_plugin.errors import LcabError
 from lcab_plugin.masks import AttentionMask
 
@@ -42,12 +42,15 @@ class UlyssesAttention(Attention):
         the length ("causal", "full"), over equal shards.
 
         Raises:
-            LcabError: another argument than these, tensors not batch first, or a family that needs more.
+            LcabError: another argument than these, tensors not batch first, a family that needs more, or
+                attention dropout while training.
         """
         if batch_dim_idx != 0:
             raise LcabError(
                 f"batch_dim_idx {batch_dim_idx}: lay tensors out as [batch, tokens, heads, head_dim] (0)"
             )
+        for name in _DROPOUT:
+            refuse_dropout(kwargs.pop(name, 0.0), self.training)
         ignored = [a for a in (*args, *kwargs.values()) if a is not None]
         if ignored:
             raise LcabError(
