@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from lcab_plugin.cli import output
+from lcab_plugin.errors import LcabError
+
+if TYPE_CHECKING:
+    from lcab_plugin.bench.cells import Record
+    from lcab_plugin.bench.settings import Settings, Shape
 
 app = typer.Typer(help="Measurements on this machine.", no_args_is_help=True)
 
@@ -37,3 +50,241 @@ def bench_masks(
         (f"[bold]{row['name']}", *(f"{row[n]:.1f}" for n in numbers), str(row["detail"])) for row in rows
     ]
     output.show(output.table(None, ["what", ">median ms", ">min ms", ">max ms", "detail"], lines))
+
+
+@app.command("kernels")
+def bench_kernels(
+    kernels: Annotated[
+        str | None,
+        typer.Option(
+            help="Kernels, torch_sdpa, torch_sdpa_dense_mask; all that run here but naive if left out."
+        ),
+    ] = None,
+    masks: Annotated[str | None, typer.Option(help="Mask families; all twelve if left out.")] = None,
+    seqlens: Annotated[
+        str | None, typer.Option(help="Lengths; by doubling 1024 to 65536 (4096 on a CPU) if left out.")
+    ] = None,
+    passes: Annotated[
+        str | None, typer.Option(help="Of fwd, bwd, fwd+bwd; the first two if left out.")
+    ] = None,
+    heads: Annotated[
+        str | None, typer.Option(help="Query and key/value heads; 64:8 (8:2 on a CPU) if left out.")
+    ] = None,
+    head_dim: Annotated[int | None, typer.Option(help="128 (64 on a CPU) if left out.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="bf16, fp16, fp32 or fp64; bf16 (fp32 on a CPU) if left out.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Sequences, all under one mask.")] = 1,
+    documents: Annotated[str, typer.Option(help="Corpus that document lengths are sampled like.")] = "pile",
+    seed: Annotated[int, typer.Option(help="Of the documents and the tensors.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is a GPU.")] = "auto",
+    cell_seconds: Annotated[
+        float | None,
+        typer.Option(help="Running time of one cell at most; 5 (0.5 on a CPU) if left out."),
+    ] = None,
+    dense_gib: Annotated[
+        float | None, typer.Option(help="Largest [q, k] tensors; what memory is free if left out.")
+    ] = None,
+    baseline: Annotated[str | None, typer.Option(help="Also print times relative to this one.")] = None,
+    control: Annotated[
+        bool, typer.Option("--control", help="Let causal take its turn with every other mask.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Records, JSON lines; runs/kernels-<time>.jsonl if left out.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Skip what --out holds already.")] = False,
+    as_json: output.AsJson = False,
+) -> None:
+    """Time kernels x masks x lengths x passes: ms, TFLOP/s over the exact mask area, memory, error to fp64.
+
+    fwd is attention() under no_grad, bwd the gradients of q, k and v of a saved forward. The cells of one
+    mask, length and pass are measured in turn (A B C A B C ...), until the median is known within 2% or its
+    time is spent. What cannot run is a row with its reason. Records are appended to --out as they come; the
+    CSV beside it holds the latest of every cell.
+
+    Against PyTorch's own causal attention:
+
+    lcab bench kernels --kernels sdpa_flash --masks causal --seqlens 4096 --heads 8:8 --head-dim 64
+    --dtype fp32 --passes fwd,bwd,fwd+bwd --baseline torch_sdpa --cell-seconds 30
+
+    A window against PyTorch's with a dense mask:
+
+    lcab bench kernels --kernels sdpa_flash --masks sliding_window_causal --seqlens 16384 --heads 8:8
+    --head-dim 64 --dtype fp32 --baseline torch_sdpa_dense_mask --cell-seconds 60
+
+    Every mask's time per visible pair relative to causal's:
+
+    lcab bench kernels --kernels sdpa_flash --seqlens 8192 --heads 8:8 --head-dim 64 --dtype fp32
+    --passes fwd+bwd --control --cell-seconds 20
+    """
+    from lcab_plugin.bench import settings as bench
+
+    start = bench.Settings(**bench.defaults(_device(device)))
+    changes: dict[str, Any] = {
+        "kernels": _names("--kernels", kernels),
+        "masks": _names("--masks", masks),
+        "seqlens": _integers("--seqlens", seqlens, ","),
+        "passes": _names("--passes", passes),
+        "cell_seconds": cell_seconds,
+        "dense_gib": dense_gib,
+        "baseline": baseline,
+        "control": control,
+        "documents": documents,
+        "seed": seed,
+        "shape": _shape(start.shape, heads, head_dim, dtype, batch),
+    }
+    settings = replace(start, **{name: value for name, value in changes.items() if value is not None})
+    path = out or Path("runs") / time.strftime("kernels-%Y%m%d-%H%M%S.jsonl")
+    if path.suffix == ".csv":
+        raise LcabError(
+            f"--out {path} is for JSON lines, give a name ending in .jsonl; the CSV goes beside it."
+        )
+    records, stopped = _measure(settings, path, resume)
+    if as_json:
+        output.print_json(records)
+    else:
+        _print(records, settings)
+        typer.echo(f"\nRecords: {path} and {path.with_suffix('.csv')}")
+    raise typer.Exit(130 if stopped else 0)
+
+
+def _measure(settings: Settings, path: Path, resume: bool) -> tuple[list[Record], bool]:
+    """All cells of these settings, and whether the user stopped it; the CSV is written in any case."""
+    from lcab_plugin.bench import cells, kernels
+    from lcab_plugin.training.records import RunLog
+
+    recorded = cells.read(path) if resume else []
+    found = {cells.key(record): record for record in recorded if settings.asks(record)}
+    stopped = False
+    try:
+        with RunLog(path, append=True) as log, _progress(settings, path) as (watch, done):
+            for record in kernels.run(settings, log, recorded, watch):
+                found[cells.key(record)] = record
+                done()
+    except KeyboardInterrupt:
+        stopped = True
+    finally:
+        if path.exists():
+            cells.write_csv(cells.read(path), path.with_suffix(".csv"))
+    return list(found.values()), stopped
+
+
+@contextmanager
+def _progress(settings: Settings, path: Path) -> Iterator[tuple[Any, Any]]:
+    """What comes next, and one cell more: a bar on stderr, or a line a mask and length to no terminal."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(
+        f"{settings.total} cells, {settings.device}, {settings.shape.dtype}, at most "
+        f"{settings.cell_seconds:g} s each; records in {path}"
+    )
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=settings.total)
+
+        def watch(text: str) -> None:
+            progress.update(task, description=text)
+            if not console.is_terminal:
+                console.print(text)
+
+        yield watch, lambda: progress.advance(task)
+
+
+def _print(records: list[Record], settings: Settings) -> None:
+    """A table for every length and pass, and the reasons of what is missing."""
+    legend = "ms  TFLOP/s"
+    if settings.baseline:
+        legend += f"  (time / {settings.baseline}'s)"
+    if settings.control or (len(settings.masks) > 1 and "causal" in settings.masks):
+        legend += "  {time per visible pair / causal's}"
+    typer.echo(legend + "\n")
+    ran = [name for name in settings.contenders if any(_ok(r) and r["kernel"] == name for r in records)]
+    for seqlen in sorted({record["seqlen"] for record in records}):
+        for step in settings.steps:
+            here = {
+                (r["mask"], r["kernel"]): r for r in records if (r["seqlen"], r["pass"]) == (seqlen, step)
+            }
+            named = [m for m, n in settings.groups if n == seqlen and any(m == mask for mask, _ in here)]
+            lines = [[Text(m, style="bold"), *(_cell(here.get((m, k))) for k in ran)] for m in named]
+            if ran and lines:
+                title = f"{seqlen} tokens, {step}"
+                output.show(output.table(title, ["mask", *(">" + name for name in ran)], lines))
+    for line in _missing(records):
+        typer.echo(line)
+
+
+def _cell(record: Record | None) -> Text:
+    if record is None:
+        return Text("-")
+    if not _ok(record):
+        return Text(record["status"], style="yellow" if record["status"] != "error" else "bold red")
+    shown = f"{record['median_ms']:.4g}"
+    if record["tflops"] is not None:
+        shown += f"  {record['tflops']:.3g}"
+    if record["ratio"] is not None:
+        shown += f"  ({record['ratio']:.3f})"
+    if record["relative_to_causal"] is not None and record["mask"] != "causal":
+        shown += f"  {{{record['relative_to_causal']:.2f}}}"
+    return Text(shown)
+
+
+def _missing(records: list[Record]) -> list[str]:
+    """A line for every reason; cells that are too large or too slow, each by other numbers, share one."""
+    found: dict[tuple[str, str, str], list[Record]] = {}
+    for record in records:
+        if not _ok(record):
+            kernel, status, reason = record["kernel"], record["status"], record["reason"]
+            found.setdefault((kernel, status, "" if status in ("capped", "oom") else reason), []).append(
+                record
+            )
+    return [
+        f"{kernel} {status}, {len(cells)} cell{'s' if len(cells) > 1 else ''} from "
+        f"{cells[0]['mask']} {cells[0]['seqlen']} {cells[0]['pass']} on: {cells[0]['reason']}"
+        for (kernel, status, _), cells in found.items()
+    ]
+
+
+def _ok(record: Record) -> bool:
+    return bool(record["status"] == "ok")
+
+
+def _names(option: str, text: str | None) -> tuple[str, ...] | None:
+    if text is None:
+        return None
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise LcabError(f"{option} {text!r} names nothing; give names separated by commas.")
+    return names
+
+
+def _integers(option: str, text: str | None, separator: str) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(separator))
+    except ValueError:
+        example = "64:8" if separator == ":" else "1024,4096"
+        raise LcabError(f"{option} takes integers such as {example}, not {text!r}.") from None
+
+
+def _shape(default: Shape, heads: str | None, head_dim: int | None, dtype: str | None, batch: int) -> Shape:
+    numbers = _integers("--heads", heads, ":") or (default.heads, default.kv_heads)
+    if len(numbers) > 2:
+        raise LcabError(f"--heads takes query and key/value heads such as 64:8, not {heads!r}.")
+    return replace(
+        default,
+        batch=batch,
+        heads=numbers[0],
+        kv_heads=numbers[-1],
+        head_dim=default.head_dim if head_dim is None else head_dim,
+        dtype=default.dtype if dtype is None else dtype,
+    )
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name not in ("auto", "cpu", "cuda"):
+        raise LcabError(f"device {name!r} is none of auto, cpu, cuda.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise LcabError("device 'cuda' needs a GPU, this machine has none; leave --device out.")
+    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
