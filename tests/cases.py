@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from lcab_plugin import masks
 from lcab_plugin.kernels import KernelOptions, get
+from lcab_plugin.kernels.contract import accumulation_dtype
 from lcab_plugin.masks import AttentionMask
 
 N = 96
@@ -41,6 +44,18 @@ def twelve(n: int = N) -> dict[str, AttentionMask]:
     return out
 
 
+def enlarged(factor: int) -> dict[str, AttentionMask]:
+    """Every builder with all its lengths and windows ``factor`` times as long: the same picture."""
+    out = {}
+    for name, parameters in PARAMETERS.items():
+        longer = {
+            key: tuple(x * factor for x in value) if isinstance(value, tuple) else value * factor
+            for key, value in parameters.items()
+        }
+        out[name] = masks.from_name(name, N * factor, **longer)
+    return out
+
+
 def inputs(
     tq: int, tk: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, batch: int = 2, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -54,25 +69,46 @@ def inputs(
 
 
 def reference(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, mask: AttentionMask, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    mask: AttentionMask,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> dict[str, Tensor]:
     """out, lse, dq, dk, dv in float64."""
     naive = get("naive")
-    options = KernelOptions(q.shape[-1] ** -0.5 if scale is None else scale)
+    options = KernelOptions(q.shape[-1] ** -0.5 if scale is None else scale, softcap)
     q, k, v, dout = (x.detach().double() for x in (q, k, v, dout))
     out, lse = naive.forward(q, k, v, mask, options)
     dq, dk, dv = naive.backward(dout, q, k, v, out, lse, mask, options)
     return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
 
 
-def eager(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, mask: AttentionMask) -> dict[str, Tensor]:
+def eager(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    mask: AttentionMask,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> dict[str, Tensor]:
     """The yardstick of an error budget: what a model without any attention library computes in the precision
     of its inputs, by autograd; none of our code but the mask."""
     q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
     key, value = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, key).float() * q.shape[-1] ** -0.5
-    scores = scores.masked_fill(~mask.to_dense(q.device), float("-inf"))
-    out = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1).to(q.dtype), value)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, key).to(accumulation_dtype(q.dtype))
+    scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    visible = mask.to_dense(q.device)
+    scores = scores.masked_fill(~visible, float("-inf"))
+    # the softmax of a row without keys is NaN, and so is its gradient: such rows are taken out on both sides
+    p = scores.masked_fill(~visible.any(1, keepdim=True), 0.0).softmax(-1)
+    p = p.masked_fill(~visible.any(1, keepdim=True), 0.0).to(q.dtype)
+    out = torch.einsum("bhqk,bkhd->bqhd", p, value)
     out.backward(dout)
     return {"out": out, "lse": scores.logsumexp(-1), "dq": q.grad, "dk": k.grad, "dv": v.grad}
 
@@ -81,14 +117,112 @@ def errors(got: dict[str, Tensor], want: dict[str, Tensor]) -> dict[str, float]:
     """Largest absolute difference by name, relative to the reference's largest value; inf where NaN or where
     the infinities differ."""
     out = {}
-    for name, x in got.items():
-        x, y = x.detach().double(), want[name].detach().double()
+    for name, (x, y) in _finite(got, want).items():
+        out[name] = float("inf") if x is None else ((x - y).abs().max() / y.abs().max().clamp_min(1.0)).item()
+    return out
+
+
+def row_errors(got: dict[str, Tensor], want: dict[str, Tensor], sizes: dict[str, Tensor]) -> dict[str, float]:
+    """The worst row by name: the norm of its difference relative to that of the terms it is a sum of.
+
+    A row is the head_dim vector of one token and head (of lse: one number). One wrong row of small numbers
+    drowns in a tensor's largest value, not here; rows that cancel to nothing keep the size of what cancelled.
+    """
+    out = {}
+    for name, (x, y) in _finite(got, want).items():
+        if x is None:
+            out[name] = float("inf")
+        elif name == "lse":
+            out[name] = ((x - y).abs() / y.abs().clamp_min(1.0)).max().item()
+        else:
+            off, size = (x - y).norm(dim=-1), sizes[name].norm(dim=-1)
+            out[name] = (off / size.clamp_min(torch.finfo(torch.float32).tiny)).max().item()
+    return out
+
+
+def term_sizes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    mask: AttentionMask,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> dict[str, Tensor]:
+    """Every sum behind out, dq, dk and dv with the absolute values of its terms, in float64."""
+    q, k, v, dout = (x.detach().double() for x in (q, k, v, dout))
+    kv_heads, scale = k.shape[2], q.shape[-1] ** -0.5 if scale is None else scale
+    key, value = (x.repeat_interleave(q.shape[2] // kv_heads, 2) for x in (k, v.abs()))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, key) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    p = scores.masked_fill(~mask.to_dense(q.device), float("-inf")).softmax(-1).nan_to_num(0.0)
+    out = torch.einsum("bhqk,bkhd->bqhd", p, value)
+    delta = (dout.abs() * out).sum(-1).transpose(1, 2).unsqueeze(-1)
+    ds = p * (torch.einsum("bqhd,bkhd->bhqk", dout.abs(), value) + delta) * scale
+    dk = torch.einsum("bhqk,bqhd->bkhd", ds, q.abs()).unflatten(2, (kv_heads, -1)).sum(3)
+    dv = torch.einsum("bhqk,bqhd->bkhd", p, dout.abs()).unflatten(2, (kv_heads, -1)).sum(3)
+    return {"out": out, "dq": torch.einsum("bhqk,bkhd->bqhd", ds, key.abs()), "dk": dk, "dv": dv}
+
+
+@dataclass(frozen=True, repr=False)
+class Expected:
+    """The specification's answer to one call, eager attention's in the same precision, and ``term_sizes``."""
+
+    want: dict[str, Tensor]
+    plain: dict[str, Tensor]
+    sizes: dict[str, Tensor]
+
+    def problems(self, got: dict[str, Tensor]) -> list[str]:
+        """What exceeds twice the error of eager attention and a few ulp, as a whole or in one row, in words.
+
+        float64 has no yardstick to be measured by: there the formula must come out.
+        """
+        dtype = self.plain["out"].dtype
+        budgets = errors(self.plain, self.want), row_errors(self.plain, self.want, self.sizes)
+        ulp = torch.finfo(dtype).eps
+        ulps = (8 * ulp, 4 * ulp) if dtype == torch.float32 else (4 * ulp, ulp)
+        found = []
+        for name in got:
+            one = {name: got[name]}
+            measured = errors(one, self.want), row_errors(one, self.want, self.sizes)
+            for what, error, budget, slack in zip(("", " by row"), measured, budgets, ulps, strict=True):
+                limit = 1e-12 if dtype == torch.float64 else 2 * budget[name] + slack
+                if not error[name] <= limit:
+                    found.append(f"{name}{what}: {error[name]:.2e} over {limit:.2e}")
+        return found
+
+    def last(self, rows: int) -> Expected:
+        """Of the last ``rows`` tokens only."""
+        return Expected(*(last(x, rows) for x in (self.want, self.plain, self.sizes)))
+
+
+def last(answer: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
+    """The last ``rows`` tokens of an answer."""
+    return {t: x[:, :, -rows:] if t == "lse" else x[:, -rows:] for t, x in answer.items()}
+
+
+def expected(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, mask: AttentionMask, **options: float
+) -> Expected:
+    """What a kernel is judged by; ``options``: scale and softcap."""
+    x = (q, k, v, dout, mask)
+    return Expected(reference(*x, **options), eager(*x, **options), term_sizes(*x, **options))
+
+
+def _finite(
+    got: dict[str, Tensor], want: dict[str, Tensor]
+) -> dict[str, tuple[Tensor, Tensor] | tuple[None, None]]:
+    """Both in float64 by name; without lse's infinities where they agree, None where anything is NaN or the
+    infinities or the shapes differ."""
+    out: dict[str, tuple[Tensor, Tensor] | tuple[None, None]] = {}
+    for name, tensor in got.items():
+        x, y = tensor.detach().double(), want[name].detach().double()
         finite = y.isfinite()
         if x.shape != y.shape or bool(x.isnan().any()) or not torch.equal(x.isfinite(), finite):
-            out[name] = float("inf")
-            continue
-        if not finite.any():
-            out[name] = 0.0
-            continue
-        out[name] = ((x - y)[finite].abs().max() / y[finite].abs().max().clamp_min(1.0)).item()
+            out[name] = None, None
+        elif name == "lse":
+            out[name] = (x[finite], y[finite]) if finite.any() else (x.new_zeros(1), x.new_zeros(1))
+        else:
+            out[name] = x, y
     return out

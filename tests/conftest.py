@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from verified import Recorder
 
 DESELECTED = pytest.StashKey[int]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--nightly", action="store_true", help="run the slow tier as well")
+    parser.addoption(
+        "--update-gaps",
+        action="store_true",
+        help="write tests/kernels/gaps.json instead of comparing with it",
+    )
+    parser.addoption(
+        "--record-verified",
+        metavar="FILE",
+        type=Path,
+        help="merge what the conformance run proves on this device into FILE (runs the slow tier as well)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--record-verified")
+    if path is None:
+        return
+    if getattr(config.option, "numprocesses", None):
+        raise pytest.UsageError("--record-verified counts in one process; leave -n out")
+    config.option.nightly = True
+    config.pluginmanager.register(Recorder(path))
 
 
 def tier(config: pytest.Config) -> str:

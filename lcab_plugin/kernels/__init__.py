@@ -3,13 +3,15 @@ group ``lcab_plugin.kernels`` (the entry point's value is an object with the con
 
 from __future__ import annotations
 
+import json
 from functools import cache
-from importlib import import_module, metadata
+from importlib import import_module, metadata, resources
+from typing import Any
 
 from lcab_plugin.errors import unknown
 from lcab_plugin.kernels.contract import Kernel, KernelOptions
 
-__all__ = ["Kernel", "KernelOptions", "availability", "get", "names"]
+__all__ = ["Kernel", "KernelOptions", "availability", "get", "names", "verified"]
 
 _TABLE = {
     name: f"lcab_plugin.kernels.{name}"
@@ -59,4 +61,36 @@ def get(name: str) -> Kernel:
 
 def availability() -> dict[str, str | None]:
     """``{name: None, or the reason it cannot run on this machine}``."""
-    return {name: get(name).unavailable() for name in names()}
+    return {name: _reason(name) for name in names()}
+
+
+def _reason(name: str) -> str | None:
+    """A third party's broken module is that kernel's reason, not the end of the list."""
+    try:
+        return get(name).unavailable()
+    except ImportError as error:
+        return f"its module cannot be imported: {error}"
+
+
+def verified(name: str) -> str:
+    """Where a kernel passed every cell of the conformance suite, from the records that runs of it left."""
+    entries = _records().get(name, ())
+    return (
+        ", ".join(
+            f"{entry['device'].removeprefix('NVIDIA ')} ({_libraries(entry)}: {entry['cells']} cells"
+            + ("" if entry["backward"] else ", forward only")
+            + ")"
+            for entry in entries
+        )
+        or "nothing yet"
+    )
+
+
+@cache
+def _records() -> dict[str, list[dict[str, Any]]]:
+    return json.loads(resources.files(__name__).joinpath("verified.json").read_text(encoding="utf-8"))
+
+
+def _libraries(entry: dict[str, Any]) -> str:
+    torch = f"torch {entry['torch']}"
+    return torch if entry["version"].startswith("torch ") else f"{entry['version']}, {torch}"

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import re
+import sys
+from types import SimpleNamespace
+
+import gaps
 import pytest
 import torch
+from cases import twelve
+from verified import CELL, Recorder
 
 import lcab_plugin as lcab
-from lcab_plugin import kernels, masks
+from lcab_plugin import kernels, masks, operation
+from lcab_plugin.cli.kernels import kernel_rows
 
 MODULE = """
 import lcab_plugin.kernels.naive as naive
@@ -17,28 +26,37 @@ class Theirs(naive.Naive):
     def unsupported(self, q, k, v, mask, options, needs_backward):
         return "it has no backward" if needs_backward else None
 
-    def unavailable(self):
-        return REASON
-
-REASON = None
 KERNEL = Theirs()
 """
 
 
 @pytest.fixture
-def theirs(tmp_path, monkeypatch):
-    """A real installed distribution with a kernel of its own."""
-    (tmp_path / "their_kernels.py").write_text(MODULE)
-    info = tmp_path / "their_kernels-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-kernels\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[lcab_plugin.kernels]\ntheirs = their_kernels:KERNEL\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    for cached in (kernels._third_party, kernels.get):
-        cached.cache_clear()
-    yield kernels.get("theirs")
-    for cached in (kernels._third_party, kernels.get):
-        cached.cache_clear()
+def install(tmp_path, monkeypatch):
+    """Installs a real distribution with one kernel module of its own, named theirs."""
+
+    def forget():
+        for cached in (kernels._third_party, kernels.get):
+            cached.cache_clear()
+        operation._available.discard("theirs")
+
+    def write(source):
+        (tmp_path / "their_kernels.py").write_text(source)
+        info = tmp_path / "their_kernels-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-kernels\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text("[lcab_plugin.kernels]\ntheirs = their_kernels:KERNEL\n")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        monkeypatch.delitem(sys.modules, "their_kernels", raising=False)
+        forget()
+
+    yield write
+    forget()
+
+
+@pytest.fixture
+def theirs(install):
+    install(MODULE)
+    return kernels.get("theirs")
 
 
 def test_a_third_party_adds_a_kernel(theirs):
@@ -49,7 +67,7 @@ def test_a_third_party_adds_a_kernel(theirs):
     torch.testing.assert_close(lcab.attention(x, x, x, mask, kernel="theirs"), lcab.attention(x, x, x, mask))
 
 
-def test_the_reason_reaches_the_user(theirs, monkeypatch):
+def test_the_reason_reaches_the_user(theirs):
     x, mask = torch.randn(1, 8, 2, 4), masks.causal(8)
     with pytest.raises(
         lcab.UnsupportedError, match="kernel 'theirs' cannot run this attention: it has no back"
@@ -57,14 +75,133 @@ def test_the_reason_reaches_the_user(theirs, monkeypatch):
         lcab.attention(x.requires_grad_(), x, x, mask, kernel="theirs")
     with torch.no_grad():
         lcab.attention(x, x, x, mask, kernel="theirs")
+
+
+def test_a_missing_library_reaches_the_user(theirs, monkeypatch):
+    x, mask = torch.randn(1, 8, 2, 4), masks.causal(8)
     monkeypatch.setattr(type(theirs), "unavailable", lambda self: "libtheirs is not installed")
     assert kernels.availability()["theirs"] == "libtheirs is not installed"
     with pytest.raises(lcab.UnsupportedError, match="libtheirs is not installed"):
-        lcab.attention(x.detach(), x.detach(), x.detach(), mask, kernel="theirs")
+        lcab.attention(x, x, x, mask, kernel="theirs")
 
 
-def test_every_kernel_says_what_it_is():
-    for name in kernels.names():
-        assert kernels.get(name).name == name
-        assert kernels.get(name).version().startswith("torch ")
-    assert kernels.availability() == dict.fromkeys(kernels.names())
+def test_a_broken_module_is_its_kernel_s_reason(install):
+    install("import a_library_nobody_has")
+    assert "No module named 'a_library_nobody_has'" in kernels.availability()["theirs"]
+    row = next(row for row in kernel_rows() if row["name"] == "theirs")
+    assert row["reason"].startswith("its module cannot be imported")
+    assert row["verified"] == "nothing yet"
+
+
+@pytest.mark.parametrize("name", kernels._TABLE)
+def test_every_kernel_says_what_it_is(name):
+    kernel = kernels.get(name)
+    assert kernel.name == name
+    reason = kernels.availability()[name]
+    if reason is None:
+        assert re.search(r" \d+\.\d+", kernel.version()), "a library and its version"
+    else:
+        assert reason[0] != " "
+        assert not reason.endswith(".")
+        assert "\n" not in reason
+
+
+@pytest.mark.parametrize("name", kernels._TABLE)
+def test_features_are_what_unsupported_says(name):
+    """What `lcab kernels` shows is served somewhere, and what is served is shown."""
+    features = kernels.get(name).features
+    devices = {device.split()[0] for device in features.devices}
+    cells = [cell for device in devices for cell in gaps.supported(kernels.get(name), device)]
+    dtypes = {cell.dtype for cell in cells}
+    assert dtypes == {str(dtype).removeprefix("torch.") for dtype in features.dtypes}
+    calls = {cell.call for cell in cells}
+    assert ("backward" in calls) == features.backward
+    assert ("deterministic backward" in calls) == features.deterministic
+    assert ("soft cap" in calls) == features.softcap
+    assert ("half the value head_dim" in calls) == features.value_dim
+
+
+@pytest.mark.parametrize("name", kernels._TABLE)
+def test_an_explanation_covers_the_mask(name):
+    for mask in twelve().values():
+        calls = kernels.get(name).explain(mask, 64)
+        assert sum(call.area for call in calls) == mask.area
+        assert all(call.what and call.count > 0 and call.computed >= call.area for call in calls)
+
+
+def test_the_records_name_kernels_of_the_table():
+    records = kernels._records()
+    assert set(records) <= set(kernels._TABLE)
+    for entries in records.values():
+        assert all(entry["cells"] > 0 and entry["dtypes"] and entry["head_dims"] for entry in entries)
+        assert len({entry["device"] for entry in entries}) == len(entries)
+
+
+def test_verified_reads_the_records(monkeypatch):
+    entry = {
+        "device": "CPU",
+        "version": "torch 2.13.0+cpu",
+        "torch": "2.13.0",
+        "cells": 240,
+        "backward": True,
+    }
+    gpu = {"device": "NVIDIA H100", "version": "flash-attn 2.8.3", "torch": "2.13.0", "cells": 9}
+    monkeypatch.setattr(kernels, "_records", lambda: {"naive": [entry, gpu | {"backward": False}]})
+    assert kernels.verified("naive") == (
+        "CPU (torch 2.13.0: 240 cells), H100 (flash-attn 2.8.3, torch 2.13.0: 9 cells, forward only)"
+    )
+    assert kernels.verified("fa2") == "nothing yet"
+
+
+class Run:
+    """A conformance run as the recorder sees it."""
+
+    def __init__(self, path):
+        self.recorder = Recorder(path)
+
+    def collect(self, **kernel):
+        items = [
+            SimpleNamespace(nodeid=i, callspec=SimpleNamespace(params={"cell": k})) for i, k in kernel.items()
+        ]
+        self.recorder.pytest_collection_modifyitems([*items, SimpleNamespace(nodeid="other")])
+        return self
+
+    def report(self, nodeid, outcome="passed", when="call", dtype="float32"):
+        properties = [
+            (CELL, [{"dtype": dtype, "head_dim": 64, "backward": True}] if outcome == "passed" else [])
+        ]
+        flags = {o: o == outcome for o in ("passed", "failed", "skipped")}
+        self.recorder.pytest_runtest_logreport(
+            SimpleNamespace(nodeid=nodeid, when=when, user_properties=properties, **flags)
+        )
+
+    def end(self):
+        self.recorder.pytest_terminal_summary(SimpleNamespace(write_line=lambda line: None))
+        return json.loads(self.recorder.path.read_text())
+
+
+def test_only_a_whole_run_is_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path = tmp_path / "verified.json"
+    run = Run(path).collect(a="naive", b="naive", c="sdpa_math", d="sdpa_flash", e="naive")
+    run.report("a")
+    run.report("b", dtype="float64")
+    run.report("e", "skipped", "setup")
+    run.report("c", "failed")
+    records = run.end()  # d did not run
+    assert list(records) == ["naive"]
+    assert records["naive"][0] | {"date": ""} == {
+        "device": "CPU",
+        "version": f"torch {torch.__version__}",
+        "torch": torch.__version__.split("+")[0],
+        "dtypes": ["float32", "float64"],
+        "head_dims": [64],
+        "cells": 2,
+        "backward": True,
+        "date": "",
+    }
+    gpu = {"device": "NVIDIA H100", "cells": 3}
+    path.write_text(json.dumps(records | {"naive": [*records["naive"], gpu]}))
+    run = Run(path).collect(a="naive")
+    run.report("a", "failed")
+    assert run.end() == {"naive": [gpu]}
