@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import lcab_plugin
-from lcab_plugin.cli import bench, doctor, kernels, masks, parity
+from lcab_plugin.cli import bench, doctor, kernels, masks, parity, tune
 
 app = typer.Typer(
     help="Attention and context parallelism for long-context training: what runs here, and does it agree.",
@@ -20,6 +20,7 @@ app.command()(kernels.kernels)
 app.add_typer(masks.app, name="masks")
 app.add_typer(bench.app, name="bench")
 app.command()(parity.parity)
+app.command()(tune.tune)
 app.command()(doctor.doctor)
 
 

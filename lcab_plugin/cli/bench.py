@@ -15,11 +15,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from lcab_plugin.cli import output
+from lcab_plugin.cli.parse import integers, names, shape
 from lcab_plugin.errors import LcabError
 
 if TYPE_CHECKING:
     from lcab_plugin.bench.cells import Record
-    from lcab_plugin.bench.settings import Settings, Shape
+    from lcab_plugin.bench.settings import Settings
 
 app = typer.Typer(help="Measurements on this machine.", no_args_is_help=True)
 
@@ -121,17 +122,17 @@ def bench_kernels(
 
     start = bench.Settings(**bench.defaults(_device(device)))
     changes: dict[str, Any] = {
-        "kernels": _names("--kernels", kernels),
-        "masks": _names("--masks", masks),
-        "seqlens": _integers("--seqlens", seqlens, ","),
-        "passes": _names("--passes", passes),
+        "kernels": names("--kernels", kernels),
+        "masks": names("--masks", masks),
+        "seqlens": integers("--seqlens", seqlens, ","),
+        "passes": names("--passes", passes),
         "cell_seconds": cell_seconds,
         "dense_gib": dense_gib,
         "baseline": baseline,
         "control": control,
         "documents": documents,
         "seed": seed,
-        "shape": _shape(start.shape, heads, head_dim, dtype, batch),
+        "shape": shape(start.shape, heads, head_dim, dtype, batch),
     }
     settings = replace(start, **{name: value for name, value in changes.items() if value is not None})
     path = out or Path("runs") / time.strftime("kernels-%Y%m%d-%H%M%S.jsonl")
@@ -245,39 +246,6 @@ def _missing(records: list[Record]) -> list[str]:
 
 def _ok(record: Record) -> bool:
     return bool(record["status"] == "ok")
-
-
-def _names(option: str, text: str | None) -> tuple[str, ...] | None:
-    if text is None:
-        return None
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    if not names:
-        raise LcabError(f"{option} {text!r} names nothing; give names separated by commas.")
-    return names
-
-
-def _integers(option: str, text: str | None, separator: str) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.split(separator))
-    except ValueError:
-        example = "64:8" if separator == ":" else "1024,4096"
-        raise LcabError(f"{option} takes integers such as {example}, not {text!r}.") from None
-
-
-def _shape(default: Shape, heads: str | None, head_dim: int | None, dtype: str | None, batch: int) -> Shape:
-    numbers = _integers("--heads", heads, ":") or (default.heads, default.kv_heads)
-    if len(numbers) > 2:
-        raise LcabError(f"--heads takes query and key/value heads such as 64:8, not {heads!r}.")
-    return replace(
-        default,
-        batch=batch,
-        heads=numbers[0],
-        kv_heads=numbers[-1],
-        head_dim=default.head_dim if head_dim is None else head_dim,
-        dtype=default.dtype if dtype is None else dtype,
-    )
 
 
 def _device(name: str) -> str:

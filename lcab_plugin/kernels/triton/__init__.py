@@ -73,9 +73,7 @@ class TritonKernel:
         return None
 
     def explain(self, mask: AttentionMask, head_dim: int) -> list[NativeCall]:
-        shape = tuning.Shape(
-            "forward", (9, 0), head_dim, head_dim, torch.bfloat16, 1, tuning.is_dense(mask), mask.q_len
-        )
+        shape = tuning.Shape.of("forward", (9, 0), (head_dim, head_dim), torch.bfloat16, 1, mask)
         config = tuning.candidates(shape)[0]
         blocks = mask.block_map(config.rows, config.keys)
         full, count = int(blocks.length[blocks.kind == FULL].sum()), int(blocks.length.sum())

@@ -49,8 +49,22 @@ class Shape(NamedTuple):
     dense: bool
     length: int
 
+    @classmethod
+    def of(
+        cls,
+        which: Pass,
+        capability: tuple[int, int],
+        dims: tuple[int, int],
+        dtype: torch.dtype,
+        group: int,
+        mask: AttentionMask,
+    ) -> Shape:
+        """The shape of a launch under ``mask``; ``dims`` are the query's and the values' head_dim."""
+        length = 1 << (max(mask.q_len, mask.k_len) - 1).bit_length()
+        return cls(which, capability, *dims, dtype, group, is_dense(mask), length)
+
     def key(self, gpu: str, triton: str) -> str:
-        """The name of this shape in the user's file."""
+        """The name of this shape in the user's file, on that GPU under that Triton."""
         dtype = str(self.dtype).removeprefix("torch.")
         mask = "dense" if self.dense else "sparse"
         size = f"d{self.d} dv{self.dv} {dtype} gqa{self.group} {mask} {self.length}"
@@ -147,15 +161,13 @@ def choose(
     ``streamed``: the two tensors that the pass reads block after block. Where the tensor memory accelerator
     cannot read them, the launch is one for GPUs that have none.
     """
-    shape = Shape(
+    shape = Shape.of(
         which,
         capability(q.device) if all(map(describable, streamed)) else (8, 0),
-        q.shape[-1],
-        v.shape[-1],
+        (q.shape[-1], v.shape[-1]),
         q.dtype,
         q.shape[2] // k.shape[2],
-        is_dense(mask),
-        1 << (max(q.shape[1], k.shape[1]) - 1).bit_length(),
+        mask,
     )
     if not options.deterministic and q.is_cuda and (found := tuned(q.device).get(shape)):
         return found
@@ -189,22 +201,24 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
 
 
-class _Tuned(dict[Shape, "Config | None"]):
+class _Tuned:
     """The user's findings for one GPU, looked up by shape and remembered."""
 
     def __init__(self, gpu: str) -> None:
-        super().__init__()
         import triton
 
         self.gpu, self.triton, self.entries = gpu, triton.__version__, read()
+        self._found: dict[Shape, Config | None] = {}
 
-    def __missing__(self, shape: Shape) -> Config | None:
-        found = self.entries.get(shape.key(self.gpu, self.triton))
-        self[shape] = found
-        return found
+    def name(self, shape: Shape) -> str:
+        """The name of a shape in the user's file."""
+        return shape.key(self.gpu, self.triton)
 
-    def get(self, shape: Shape, default: object = None) -> Config | None:
-        return self[shape]
+    def get(self, shape: Shape) -> Config | None:
+        """The user's configuration for this shape, if there is one."""
+        if shape not in self._found:
+            self._found[shape] = self.entries.get(self.name(shape))
+        return self._found[shape]
 
 
 @cache

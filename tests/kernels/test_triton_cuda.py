@@ -1,0 +1,104 @@
+"""What of our Triton kernel only a GPU can show: captured graphs, compiled models, unaligned tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import errors, inputs, reference, twelve
+
+import lcab_plugin as lcab
+from lcab_plugin import masks
+from lcab_plugin.kernels import triton
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+N = 1000
+MASKS = twelve(N)
+
+
+def tensors(dtype=torch.bfloat16, dim=128):
+    return [x.cuda() for x in inputs(N, N, 8, 2, dim, dtype, batch=1)]
+
+
+def test_a_captured_graph_replays_under_another_mask():
+    q, k, v, dout = tensors()
+    first, other = (masks.causal_document(lengths) for lengths in ((300, 700), (450, 250, 300)))
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+
+    def step():
+        out = lcab.attention(*leaves, first, kernel="triton")
+        return out, *torch.autograd.grad(out, leaves, dout)
+
+    with triton.GraphPlans(first) as plans:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()  # compiles, and makes the plans
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+    for mask in (first, other, first):
+        plans.load(mask)
+        graph.replay()
+        want = reference(q, k, v, dout, mask)
+        got = dict(zip(("out", "dq", "dk", "dv"), captured, strict=True))
+        assert max(errors(got, want).values()) < 0.03, mask
+
+
+def test_no_host_synchronisation_after_planning():
+    q, k, v, dout = tensors()
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+
+    def step():
+        lcab.attention(*leaves, MASKS["share_question"], kernel="triton").backward(dout)
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", ["causal", "global_sliding_window"])
+def test_in_a_compiled_function(name):
+    q, k, v, dout = tensors()
+
+    def attend(*leaves):
+        return lcab.attention(*leaves, MASKS[name], kernel="triton")
+
+    results = []
+    for function in (attend, torch.compile(attend, fullgraph=True)):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = function(*leaves)
+        results.append((out, *torch.autograd.grad(out, leaves, dout)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_rows_off_the_16_byte_grid():
+    """Without tensor descriptors: the launch is one for GPUs that have none."""
+    q, k, v, dout = tensors()
+    moved = [
+        torch.empty(x.numel() + 1, dtype=x.dtype, device="cuda")[1:].view(x.shape).copy_(x) for x in (q, k, v)
+    ]
+    leaves = [x.requires_grad_() for x in moved]
+    out, lse = lcab.attention(*leaves, MASKS["causal"], kernel="triton", return_lse=True)
+    grads = torch.autograd.grad(out, leaves, dout)
+    got = {"out": out, "lse": lse} | dict(zip(("dq", "dk", "dv"), grads, strict=True))
+    assert max(errors(got, reference(q, k, v, dout, MASKS["causal"])).values()) < 0.03
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_deterministic_is_bitwise_repeatable(dim):
+    q, k, v, dout = tensors(dim=dim)
+
+    def step():
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = lcab.attention(*leaves, MASKS["prefix_lm_document"], kernel="triton", deterministic=True)
+        return (out, *torch.autograd.grad(out, leaves, dout))
+
+    first = step()
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(first, step(), strict=True))
