@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from lcab_plugin.kernels.triton.forward import (
+    COUNTS,
     LOG2E,
     at,
     dot,
@@ -29,7 +30,7 @@ def load_vector(base, rows, count, BOUND: tl.constexpr):
         return tl.load(base + rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def delta_kernel(
     DOUT,
     OUT,
@@ -61,7 +62,7 @@ def delta_kernel(
     tl.store(at(LSE2, bh, tq) + rows, lse * LOG2E, mask=rows < tq)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def dq_kernel(
     DQ,
     DOUT,
@@ -147,7 +148,7 @@ def dq_kernel(
     store_rows(at(DQ, b, tq * heads * D) + h * D, heads * D, first_row, tq, dq * scale, BM, D, DP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def dkv_kernel(
     DK,
     DV_OUT,

@@ -14,6 +14,9 @@ import triton.language as tl
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
+# Lengths and numbers of heads: Triton would compile anew for each that is 1 or a multiple of 16.
+COUNTS = ("heads", "group", "batch_heads", "tq", "tk", "intervals")
+
 
 @triton.jit
 def at(base, row, stride):
@@ -73,11 +76,21 @@ def store_rows(base, stride, first, count, value, ROWS: tl.constexpr, D: tl.cons
 
 @triton.jit
 def dot(a, b, acc, UPCAST: tl.constexpr):
-    """``acc + a @ b``. UPCAST: Triton's interpreter has no bfloat16 product."""
+    """``acc + a @ b``. UPCAST: Triton's interpreter has no bfloat16 product.
+
+    In float32 every block's product is summed on its own before it is added: one running sum over thousands
+    of rows would lose more than the error budget.
+    """
     if UPCAST:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
+    if acc is None:
+        return tl.dot(a, b, input_precision="ieee")
+    elif a.dtype == tl.float32:
+        product = tl.dot(a, b, input_precision="ieee")
+        return tl.fma(product, tl.full(product.shape, 1.0, tl.float32), acc)
+    else:
+        return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -125,7 +138,7 @@ def logits(qk, scale_log2, cap_log2, SOFTCAP: tl.constexpr):
     return qk * scale_log2, qk
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
     Q,
     K,

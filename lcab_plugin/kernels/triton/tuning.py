@@ -143,7 +143,7 @@ FLOAT32: dict[tuple[Pass, int], list[Config]] = {
     ("dq", 256): [Config(16, 32, 16, 1)],
     ("dkv", 64): [Config(16, 32, 4, 1)],
     ("dkv", 128): [Config(16, 32, 8, 1)],
-    ("dkv", 256): [Config(16, 16, 8, 1)],
+    ("dkv", 256): [Config(16, 32, 16, 1)],
 }
 
 
