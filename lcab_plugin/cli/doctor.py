@@ -16,7 +16,10 @@ from lcab_plugin.cli import output
 from lcab_plugin.cli.kernels import kernel_rows
 
 # Optional libraries that something here asks for, and what that is.
-_OPTIONAL = {"deepspeed": "training through DeepSpeed: pip install 'lcab-plugin[deepspeed]'"}
+_OPTIONAL = {
+    "deepspeed": "training through DeepSpeed: pip install 'lcab-plugin[deepspeed]'",
+    "triton": "our own kernel: pip install 'lcab-plugin[triton]'",
+}
 
 # One process of its own: a gloo that cannot find this machine's address must not take the command along.
 _GLOO = """

@@ -34,7 +34,9 @@ def cells() -> Iterator[tuple[str, int, str, int, Config, bool]]:
     for arch, dtype, table in (
         (90, "bf16", tuning.HOPPER),
         (80, "bf16", tuning.AMPERE),
+        (90, "bf16", tuning.AMPERE),  # tensors that the tensor memory accelerator cannot read
         (80, "fp32", tuning.FLOAT32),
+        (90, "fp32", tuning.FLOAT32),
     ):
         for (which, width), configs in table.items():
             for i, config in enumerate(dict.fromkeys(configs)):

@@ -135,7 +135,7 @@ AMPERE: dict[tuple[Pass, int], list[Config]] = {
     ("dkv", 256): [Config(32, 32, 8, 1), Config(32, 32, 8, 1)],
 }
 FLOAT32: dict[tuple[Pass, int], list[Config]] = {
-    ("forward", 64): [Config(32, 32, 4, 1)],
+    ("forward", 64): [Config(32, 16, 4, 1)],
     ("forward", 128): [Config(32, 16, 8, 1)],
     ("forward", 256): [Config(16, 16, 16, 1)],
     ("dq", 64): [Config(32, 32, 4, 1)],
