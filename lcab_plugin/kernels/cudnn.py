@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lcab_plugin.kernels import cudnn_limits, segments
 from lcab_plugin.kernels.contract import Features, KernelOptions, NativeCall
-from lcab_plugin.kernels.segments import Segments
+from lcab_plugin.kernels.segments import Segments, SegmentsKernel
 from lcab_plugin.masks import AttentionMask
 
 Grads = tuple[Tensor, Tensor, Tensor]
@@ -53,7 +53,7 @@ class Shape(NamedTuple):
     deterministic: bool
 
 
-class Cudnn:
+class Cudnn(SegmentsKernel):
     """cuDNN attention over packed segments with a band, one graph execution per layer of segments."""
 
     name = "cudnn"
@@ -105,24 +105,6 @@ class Cudnn:
 
     def explain(self, mask: AttentionMask, head_dim: int) -> list[NativeCall]:
         return segments.explain(mask, (128, 128))
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, options: KernelOptions
-    ) -> tuple[Tensor, Tensor]:
-        return segments.forward(self, q, k, v, mask, options)
-
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        mask: AttentionMask,
-        options: KernelOptions,
-    ) -> Grads:
-        return segments.backward(self, dout, q, k, v, out, lse, mask, options)
 
     def varlen_forward(
         self, q: Tensor, k: Tensor, v: Tensor, plan: Segments, options: KernelOptions

@@ -24,7 +24,7 @@ from torch import Tensor
 from lcab_plugin.kernels import segments
 from lcab_plugin.kernels.contract import Features, KernelOptions, NativeCall
 from lcab_plugin.kernels.lowering import too_deep
-from lcab_plugin.kernels.segments import Segments
+from lcab_plugin.kernels.segments import Segments, SegmentsKernel
 from lcab_plugin.masks import AttentionMask
 
 OLDEST = (
@@ -34,7 +34,7 @@ OLDEST = (
 )  # windows were one tuple before 2.7, and lse was padded to the longest segment before 2.6.2
 
 
-class FlashAttention2:
+class FlashAttention2(SegmentsKernel):
     """flash-attn 2, one native call per layer of segments."""
 
     name = "fa2"
@@ -90,24 +90,6 @@ class FlashAttention2:
         # csrc/flash_attn/src/flash_fwd_launch_template.h, as on A100 and H100
         wide = 128 if head_dim <= 64 else 64
         return segments.explain(mask, (128 if head_dim <= 192 else 64, wide))
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, options: KernelOptions
-    ) -> tuple[Tensor, Tensor]:
-        return segments.forward(self, q, k, v, mask, options)
-
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        mask: AttentionMask,
-        options: KernelOptions,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return segments.backward(self, dout, q, k, v, out, lse, mask, options)
 
     def varlen_forward(
         self, q: Tensor, k: Tensor, v: Tensor, plan: Segments, options: KernelOptions

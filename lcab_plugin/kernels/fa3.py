@@ -24,13 +24,13 @@ from torch import Tensor
 from lcab_plugin.kernels import segments
 from lcab_plugin.kernels.contract import Features, KernelOptions, NativeCall
 from lcab_plugin.kernels.lowering import too_deep
-from lcab_plugin.kernels.segments import Segments
+from lcab_plugin.kernels.segments import Segments, SegmentsKernel
 from lcab_plugin.masks import AttentionMask
 
 SOURCE = "build the hopper folder of github.com/Dao-AILab/flash-attention (python setup.py install)"
 
 
-class FlashAttention3:
+class FlashAttention3(SegmentsKernel):
     """flash_attn_interface, one native call per layer of segments."""
 
     name = "fa3"
@@ -95,24 +95,6 @@ class FlashAttention3:
         # hopper/tile_size.h, of a call with a window
         rows = 192 if head_dim <= 96 else 128
         return segments.explain(mask, (rows, 128 if head_dim <= 128 else 96 if head_dim <= 192 else 64))
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, options: KernelOptions
-    ) -> tuple[Tensor, Tensor]:
-        return segments.forward(self, q, k, v, mask, options)
-
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        mask: AttentionMask,
-        options: KernelOptions,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return segments.backward(self, dout, q, k, v, out, lse, mask, options)
 
     def varlen_forward(
         self, q: Tensor, k: Tensor, v: Tensor, plan: Segments, options: KernelOptions

@@ -21,11 +21,11 @@ from torch import Tensor
 from lcab_plugin.kernels import segments
 from lcab_plugin.kernels.contract import Features, KernelOptions, NativeCall
 from lcab_plugin.kernels.lowering import too_deep, varlen_calls
-from lcab_plugin.kernels.segments import Segments
+from lcab_plugin.kernels.segments import Segments, SegmentsKernel
 from lcab_plugin.masks import AttentionMask
 
 
-class FlashAttention4:
+class FlashAttention4(SegmentsKernel):
     """flash_attn.cute, one native call per layer of segments."""
 
     name = "fa4"
@@ -80,24 +80,6 @@ class FlashAttention4:
         # flash_attn/cute/interface.py, _tile_size_fwd_sm90, of a call with a window
         rows = 192 if head_dim <= 96 else 128
         return segments.explain(mask, (rows, 128 if head_dim <= 128 else 96 if head_dim <= 192 else 64))
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, options: KernelOptions
-    ) -> tuple[Tensor, Tensor]:
-        return segments.forward(self, q, k, v, mask, options)
-
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        mask: AttentionMask,
-        options: KernelOptions,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return segments.backward(self, dout, q, k, v, out, lse, mask, options)
 
     def varlen_forward(
         self, q: Tensor, k: Tensor, v: Tensor, plan: Segments, options: KernelOptions

@@ -136,6 +136,28 @@ def backward(
     return dq, dk, dv
 
 
+class SegmentsKernel(Native):
+    """The contract's forward and backward of a kernel whose every mask goes through these calls."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, options: KernelOptions
+    ) -> tuple[Tensor, Tensor]:
+        return forward(self, q, k, v, mask, options)
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        mask: AttentionMask,
+        options: KernelOptions,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return backward(self, dout, q, k, v, out, lse, mask, options)
+
+
 @lru_cache(maxsize=64)  # may hold an index of all tokens on the device
 def _segments(call: VarlenCall, mask: AttentionMask, batch: int, device: torch.device) -> Segments:
     return Segments(call, mask, batch, device)

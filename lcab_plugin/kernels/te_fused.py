@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lcab_plugin.kernels import cudnn_limits, segments
 from lcab_plugin.kernels.contract import Features, KernelOptions, NativeCall
-from lcab_plugin.kernels.segments import Segments
+from lcab_plugin.kernels.segments import Segments, SegmentsKernel
 from lcab_plugin.masks import AttentionMask
 
 Grads = tuple[Tensor, Tensor, Tensor]
@@ -29,7 +29,7 @@ CUDNN = 91002  # windows without a causal limit; 9.10.0 and 9.10.1 are refused b
 ROUND = 64  # TransformerEngine keeps one cuDNN plan a length: lengths are rounded as its own attention does
 
 
-class TeFused:
+class TeFused(SegmentsKernel):
     """cuDNN attention over packed segments, one native call per layer of segments."""
 
     name = "te_fused"
@@ -81,24 +81,6 @@ class TeFused:
 
     def explain(self, mask: AttentionMask, head_dim: int) -> list[NativeCall]:
         return segments.explain(mask, (128, 128))
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, options: KernelOptions
-    ) -> tuple[Tensor, Tensor]:
-        return segments.forward(self, q, k, v, mask, options)
-
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        mask: AttentionMask,
-        options: KernelOptions,
-    ) -> Grads:
-        return segments.backward(self, dout, q, k, v, out, lse, mask, options)
 
     def varlen_forward(
         self, q: Tensor, k: Tensor, v: Tensor, plan: Segments, options: KernelOptions

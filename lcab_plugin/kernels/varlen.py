@@ -20,13 +20,13 @@ from torch import Tensor
 from lcab_plugin.kernels import segments
 from lcab_plugin.kernels.contract import Features, KernelOptions, NativeCall, deterministic_algorithms
 from lcab_plugin.kernels.lowering import too_deep, varlen_calls
-from lcab_plugin.kernels.segments import Segments
+from lcab_plugin.kernels.segments import Segments, SegmentsKernel
 from lcab_plugin.masks import AttentionMask
 
 Grads = tuple[Tensor, Tensor, Tensor]
 
 
-class Varlen:
+class Varlen(SegmentsKernel):
     """torch.nn.attention.varlen, one native call per layer of segments."""
 
     name = "varlen"
@@ -84,24 +84,6 @@ class Varlen:
 
     def explain(self, mask: AttentionMask, head_dim: int) -> list[NativeCall]:
         return segments.explain(mask, (128, 64))
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, options: KernelOptions
-    ) -> tuple[Tensor, Tensor]:
-        return segments.forward(self, q, k, v, mask, options)
-
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        mask: AttentionMask,
-        options: KernelOptions,
-    ) -> Grads:
-        return segments.backward(self, dout, q, k, v, out, lse, mask, options)
 
     def varlen_forward(
         self, q: Tensor, k: Tensor, v: Tensor, plan: Segments, options: KernelOptions
