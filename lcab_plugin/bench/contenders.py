@@ -1,5 +1,5 @@
-"""What `lcab bench kernels` can time: every kernel of the table through the public call, and PyTorch's own
-`scaled_dot_product_attention` as users call it, for comparison."""
+"""What `lcab bench kernels` can time: every kernel of the table through the public call, and for comparison
+PyTorch's own `scaled_dot_product_attention` and FlexAttention as users call them."""
 
 from __future__ import annotations
 
@@ -133,7 +133,37 @@ class TorchSdpaDenseMask:
         return _backend(case, mask.expand(case.mask.q_len, case.mask.k_len), False)
 
 
-BASELINES: dict[str, Contender] = {made.name: made for made in (TorchSdpa(), TorchSdpaDenseMask())}
+class TorchFlex:
+    """FlexAttention with its own backward, as a training script that calls it directly has it; kernel `flex`
+    must compute the forward once more to take a merged softmax."""
+
+    name = "torch_flex"
+
+    def version(self) -> str:
+        return f"torch {torch.__version__}"
+
+    def refuses(self, case: Case, needs_backward: bool) -> str | None:
+        if not case.q.is_cuda:
+            return "FlexAttention has no backward on a CPU; kernel flex times its forward"
+        return TableKernel("flex").refuses(case, needs_backward)
+
+    def dense_bytes(self, case: Case, step: str) -> int:
+        return 0
+
+    def bind(self, case: Case) -> Attend:
+        from lcab_plugin.kernels import flex
+
+        table = flex.block_table(case.mask, case.q.device)
+        options = KernelOptions(case.scale)
+        return lambda q, k, v: flex.attend(q, k, v, table, options, with_lse=False)
+
+    def backend(self, case: Case) -> str | None:
+        return None
+
+
+BASELINES: dict[str, Contender] = {
+    made.name: made for made in (TorchSdpa(), TorchSdpaDenseMask(), TorchFlex())
+}
 
 
 def find(name: str) -> Contender:

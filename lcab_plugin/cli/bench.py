@@ -58,7 +58,7 @@ def bench_kernels(
     kernels: Annotated[
         str | None,
         typer.Option(
-            help="Kernels, torch_sdpa, torch_sdpa_dense_mask; all that run here but naive if left out."
+            help="Kernels, torch_sdpa, torch_sdpa_dense_mask, torch_flex; all kernels but naive if left out."
         ),
     ] = None,
     masks: Annotated[str | None, typer.Option(help="Mask families; all twelve if left out.")] = None,

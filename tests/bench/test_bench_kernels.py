@@ -242,6 +242,13 @@ def test_torch_without_a_mask_tensor_knows_two_masks(path: Path) -> None:
             assert record["backend"] == "flash"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_flexattention_with_its_own_backward_is_for_a_gpu(path: Path) -> None:
+    (record,) = measure(path, ask("torch_flex", masks=("causal",), passes=("bwd",)))
+    assert record["status"] == "unsupported"
+    assert "no backward on a CPU" in record["reason"]
+
+
 def test_a_dense_kernel_beyond_memory_is_said_and_not_run(path: Path) -> None:
     asked = ask("naive", "sdpa_math", "torch_sdpa_dense_mask", "sdpa_flash", dense_gib=0.0)
     found = by_cell(measure(path, asked))
