@@ -2,32 +2,62 @@
 
 Positions travel with the tensors: RoPE, the loss and every local mask read them here. A rank's rows ascend
 in global position; shards may differ in length, and a rank may hold no rows at all.
+
+``contiguous`` and ``zigzag`` cut the sequence by the number of ranks. ``striped`` and ``balanced`` deal
+chunks of one length, ``balanced`` by the work of one mask.
 """
 
 from __future__ import annotations
 
+import hashlib
+import heapq
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lcab_plugin.errors import LcabError, unknown
 from lcab_plugin.masks import AttentionMask
+from lcab_plugin.masks.geometry import NO_HI, NO_LO, Ints, runs
+
+# The length of a chunk where none is given: CHUNK tokens, or less where a rank would not get CHUNKS_PER_RANK,
+# but at least LEAST. ``balanced`` halves it up to HALVINGS times to bring the imbalance down to EVEN: whole
+# chunks of a few long documents, all of the same work, do not always divide by the ranks.
+CHUNK, CHUNKS_PER_RANK, LEAST = 512, 32, 16
+HALVINGS, EVEN = 2, 1.03
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
-    """Row ranges of every rank, ``ranges[rank]``, over a sequence of ``seqlen`` tokens."""
+    """Row ranges of every rank, ``ranges[rank]``, over a sequence of ``seqlen`` tokens.
+
+    Equality and hash go by ``digest``, over the name, the length and the ranges: a layout is part of the key
+    of every cached local mask, and comparing thousands of ranges there would cost more than the look-up.
+    """
 
     name: str
     seqlen: int
     ranges: tuple[tuple[range, ...], ...]
+    digest: str = field(init=False, repr=False)
+    lengths: tuple[int, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        numbers = [
+            x for held in self.ranges for x in (len(held), *(e for r in held for e in (r.start, r.stop)))
+        ]
+        content = f"{self.name} {self.seqlen} ".encode() + np.array(numbers, dtype=np.int64).tobytes()
+        object.__setattr__(self, "digest", hashlib.blake2b(content, digest_size=16).hexdigest())
+        object.__setattr__(self, "lengths", tuple(sum(map(len, held)) for held in self.ranges))
+
+    def __eq__(self, other: object) -> bool:
+        return self.digest == other.digest if isinstance(other, Layout) else NotImplemented
 
     def __hash__(self) -> int:
-        return hash((self.name, self.seqlen, len(self.ranges)))
+        return hash(self.digest)
 
     def rows(self, ranks: Iterable[int]) -> tuple[range, ...]:
         """The rows that ``ranks`` hold together, ascending, neighbours joined."""
@@ -35,7 +65,7 @@ class Layout:
 
     def length(self, rank: int) -> int:
         """Number of tokens ``rank`` holds."""
-        return sum(map(len, self.ranges[rank]))
+        return self.lengths[rank]
 
     def positions(self, rank: int, device: torch.device | str | None = None) -> Tensor:
         """Global positions of the rows of ``rank``, int64 [tokens]."""
@@ -70,21 +100,121 @@ def zigzag(seqlen: int, ranks: int) -> Layout:
     return Layout("zigzag", seqlen, tuple(_ascending(pair) for pair in pairs))
 
 
-LAYOUTS: dict[str, Callable[[int, int], Layout]] = {"contiguous": contiguous, "zigzag": zigzag}
+def striped(seqlen: int, ranks: int, chunk: int | None = None) -> Layout:
+    """Chunk i goes to rank ``i % ranks`` (Striped Attention, arXiv 2311.09431, deals single tokens)."""
+    edges = _edges(seqlen, ranks, chunk)
+    return _of_chunks("striped", edges, [range(r, len(edges) - 1, ranks) for r in range(ranks)])
 
 
-@lru_cache(maxsize=256)
-def make(name: str, ranks: int, seqlen: int) -> Layout:
-    """The layout of that name over ``ranks`` ranks.
+def balanced(mask: AttentionMask, ranks: int, chunk: int | None = None) -> Layout:
+    """Chunks of queries dealt so that every rank has the same number of them and about the same visible pairs
+    of ``mask``: largest first, to the least loaded rank that still takes one.
+
+    Counts differ by at most one chunk of tokens. Equal masks give equal layouts, on every rank.
+    """
+    if chunk is not None:
+        edges = _edges(mask.q_len, ranks, chunk)
+        short = len(edges) > 2 and edges[-1] - edges[-2] < edges[1]
+        return _of_chunks("balanced", edges, _dealt(mask.area_by_chunk(edges), ranks, short))
+    longest = _default_chunk(mask.q_len, ranks)
+    tried = []
+    for halvings in range(HALVINGS + 1):
+        layout = balanced(mask, ranks, max(LEAST, longest >> halvings))
+        tried.append((imbalance(layout, mask), halvings, layout))
+        if tried[-1][0] <= EVEN:
+            break
+    return min(tried)[2]
+
+
+LAYOUTS: dict[str, Callable[..., Layout]] = {
+    "contiguous": contiguous,
+    "zigzag": zigzag,
+    "striped": striped,
+    "balanced": balanced,
+}
+
+
+def require_name(name: str) -> None:
+    """Check that a layout is called ``name``.
 
     Raises:
-        LcabError: no layout has that name, or the sequence is empty.
+        LcabError: none is; the message gives the nearest.
     """
     if name not in LAYOUTS:
         raise unknown("layout", name, LAYOUTS)
+
+
+def make(
+    name: str, ranks: int, seqlen: int, mask: AttentionMask | None = None, chunk: int | None = None
+) -> Layout:
+    """The layout of that name over ``ranks`` ranks; equal arguments give the same object while it is cached.
+
+    Args:
+        mask: what ``balanced`` evens out; the other layouts are the same for every mask.
+        chunk: tokens per chunk of ``striped`` and ``balanced`` (the others have none). Left out: 512, or less
+            where a rank would get fewer than 32 chunks, down to 16 tokens; ``balanced`` takes half or a
+            quarter of that where it needs to for an imbalance of at most 1.03. A sequence shorter than
+            ``ranks * chunk`` has chunks of ``seqlen // ranks`` tokens, so that no rank is left empty
+            needlessly. The last chunk may be short.
+
+    Raises:
+        LcabError: no layout has that name, the sequence is empty, ``chunk`` is not positive, or ``balanced``
+            has no mask of this length.
+    """
+    require_name(name)
     if seqlen < 1:
         raise LcabError(f"sequence length {seqlen} is not positive; give the number of tokens of the batch")
-    return LAYOUTS[name](seqlen, ranks)
+    if chunk is not None and chunk < 1:
+        raise LcabError(f"chunk={chunk} is not positive; give the tokens of a chunk, or leave it out")
+    if name == "balanced":
+        if mask is None:
+            raise LcabError(
+                "layout 'balanced' follows the work of a mask; give it, as in cp.with_layout(mask=mask), or "
+                "choose 'zigzag' or 'striped', which need none"
+            )
+        if mask.q_len != seqlen:
+            raise LcabError(
+                f"the mask is for {mask.q_len} queries, the sequence has {seqlen} tokens; give the "
+                "mask of this sequence"
+            )
+        return _balanced(mask, ranks, chunk)
+    return _without_mask(name, ranks, seqlen, chunk if name == "striped" else None)
+
+
+@lru_cache(maxsize=64)  # keeps masks alive, half a megabyte each for ten thousand documents
+def _balanced(mask: AttentionMask, ranks: int, chunk: int | None) -> Layout:
+    return balanced(mask, ranks, chunk)
+
+
+@lru_cache(maxsize=256)
+def _without_mask(name: str, ranks: int, seqlen: int, chunk: int | None) -> Layout:
+    return LAYOUTS[name](seqlen, ranks) if chunk is None else LAYOUTS[name](seqlen, ranks, chunk)
+
+
+def areas(layout: Layout, mask: AttentionMask) -> list[int]:
+    """Visible pairs of the queries of every rank: each rank's share of the FLOPs.
+
+    Raises:
+        LcabError: the mask is for another length.
+    """
+    if mask.q_len != layout.seqlen:
+        raise LcabError(
+            f"the mask is for {mask.q_len} queries, the layout for {layout.seqlen} tokens; make the layout "
+            f"for this mask: cp.with_layout(mask=mask)"
+        )
+    held = sorted((r.start, rank) for rank, ranges in enumerate(layout.ranges) for r in ranges if r)
+    per_range = mask.area_by_chunk([start for start, _ in held] + [layout.seqlen])
+    total = [0] * len(layout.ranges)
+    for (_, rank), area in zip(held, per_range.tolist(), strict=True):
+        total[rank] += area
+    return total
+
+
+def imbalance(layout: Layout, mask: AttentionMask) -> float:
+    """The largest rank's visible pairs over the mean of all ranks, at least 1: how much longer the slowest
+    rank computes than if the work were even. 1 where nothing is visible."""
+    work = areas(layout, mask)
+    return max(work) * len(work) / sum(work) if any(work) else 1.0
 
 
 @dataclass(frozen=True)
@@ -106,7 +236,26 @@ class View:
 
 @lru_cache(maxsize=1024)
 def _local(view: View) -> AttentionMask:
-    return view.mask.local(view.layout.rows(view.q_ranks), view.layout.rows(view.k_ranks))
+    layout = view.layout
+    return _joined(view.mask.local(layout.rows(view.q_ranks), layout.rows(view.k_ranks)))
+
+
+def _joined(mask: AttentionMask) -> AttentionMask:
+    """The same cells in fewer slices: full rectangles of the same queries, side by side, are one.
+
+    A chunk of queries sees most chunks of a peer in full; joined, a local mask has as many slices as there
+    are chunks of queries and borders that cut one, not as many as there are pairs of chunks.
+    """
+    array = mask.array  # by query and key: as slices are disjoint, none comes between two that meet
+    free = (array[:, 4] == NO_LO) & (array[:, 5] == NO_HI)
+    before, after = array[:-1], array[1:]
+    meet = (before[:, :2] == after[:, :2]).all(axis=1) & (before[:, 3] == after[:, 2]) & free[:-1] & free[1:]
+    if not meet.any():
+        return mask
+    first, last = runs(~meet, len(array))
+    joined = array[first]
+    joined[:, 3] = array[last, 3]
+    return AttentionMask.from_disjoint(mask.q_len, mask.k_len, joined)
 
 
 @lru_cache(maxsize=64)  # an index of a million tokens is 8 MB on the device
@@ -135,3 +284,48 @@ def _ascending(ranges: Iterable[range]) -> tuple[range, ...]:
         else:
             out.append(r)
     return tuple(out)
+
+
+def _default_chunk(seqlen: int, ranks: int) -> int:
+    return min(CHUNK, max(LEAST, seqlen // (ranks * CHUNKS_PER_RANK)))
+
+
+def _edges(seqlen: int, ranks: int, chunk: int | None) -> list[int]:
+    """Where the chunks of a sequence begin, and its end; see ``make`` for their length."""
+    chunk = _default_chunk(seqlen, ranks) if chunk is None else chunk
+    return [*range(0, seqlen, max(1, min(chunk, seqlen // ranks))), seqlen]
+
+
+def _of_chunks(name: str, edges: list[int], held: Iterable[Iterable[int]]) -> Layout:
+    """The layout in which rank r holds the chunks ``held[r]``."""
+    return Layout(
+        name, edges[-1], tuple(_ascending(range(edges[c], edges[c + 1]) for c in chunks) for chunks in held)
+    )
+
+
+def _dealt(area: Ints, ranks: int, short: bool) -> list[list[int]]:
+    """The chunks of every rank, by their ``area``: ``len(area) // ranks`` of them, or one more.
+
+    ``short``: the last chunk is shorter than the others, so its rank must not have fewer chunks than another.
+    It is dealt first, to rank 0, which gets one more where any rank does.
+    """
+    each, spare = divmod(len(area), ranks)
+    order = np.argsort(-area, kind="stable").tolist()
+    limit = [each] * ranks
+    if short:
+        last = len(area) - 1
+        order.remove(last)
+        order.insert(0, last)
+        limit[0] += spare > 0
+        spare -= spare > 0
+    work, held = area.tolist(), [list[int]() for _ in range(ranks)]
+    heap = [(0, rank) for rank in range(ranks)]
+    for chunk in order:
+        load, rank = heapq.heappop(heap)
+        while not spare and len(held[rank]) == limit[rank]:
+            load, rank = heapq.heappop(heap)
+        spare -= len(held[rank]) == limit[rank]
+        held[rank].append(chunk)
+        if len(held[rank]) <= each:
+            heapq.heappush(heap, (load + work[chunk], rank))
+    return held
