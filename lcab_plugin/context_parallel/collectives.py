@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import atexit
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
 
@@ -20,6 +22,28 @@ from lcab_plugin.errors import LcabError
 
 Group = dist.ProcessGroup
 T = TypeVar("T")
+
+_sent: Counter[str] = Counter()
+
+
+def bytes_sent() -> dict[str, int]:
+    """Bytes of tensors this rank has sent to others since :func:`reset_bytes`, per kind of collective.
+
+    ``ring``, ``all_to_all``, ``group_cast``: what left this rank. ``all_gather``, ``reduce_scatter``,
+    ``all_reduce``: the least a rank must send for one, whatever algorithm the backend takes. Barriers and the
+    Python objects of handshakes are not counted.
+    """
+    return dict(_sent)
+
+
+def reset_bytes() -> None:
+    """Count from zero."""
+    _sent.clear()
+
+
+def _count(kind: str, elements: int, like: Tensor) -> None:
+    if elements:
+        _sent[kind] += elements * like.element_size()
 
 
 def is_initialized() -> bool:
@@ -42,6 +66,17 @@ def settle_gloo_at_exit() -> None:
 @cache
 def _sleep_at_exit() -> None:
     atexit.register(time.sleep, 0.2)
+
+
+def join(backend: str, timeout: float) -> None:
+    """Meet the other ranks; address and rank are in torchrun's variables. ``timeout``: seconds."""
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    settle_gloo_at_exit()
+
+
+def leave() -> None:
+    """The end of the process group; not after a failure: it may wait for ranks that wait for this one."""
+    dist.destroy_process_group()
 
 
 def rank(group: Group | None = None) -> int:
@@ -90,6 +125,7 @@ def barrier(group: Group | None = None) -> None:
 def all_reduce_sum(x: Tensor, group: Group | None = None) -> Tensor:
     """Sum ``x`` over the group, in place."""
     if world_size(group) > 1:
+        _count_all_reduce(x, group)
         dist.all_reduce(x, group=group)
     return x
 
@@ -97,8 +133,14 @@ def all_reduce_sum(x: Tensor, group: Group | None = None) -> Tensor:
 def all_reduce_max(x: Tensor, group: Group | None = None) -> Tensor:
     """Maximum of ``x`` over the group, in place."""
     if world_size(group) > 1:
+        _count_all_reduce(x, group)
         dist.all_reduce(x, op=dist.ReduceOp.MAX, group=group)
     return x
+
+
+def _count_all_reduce(x: Tensor, group: Group | None) -> None:
+    size = world_size(group)
+    _count("all_reduce", 2 * (size - 1) * x.numel() // size, x)  # a reduce-scatter and an all-gather
 
 
 def all_gather_object(value: Any, group: Group | None = None) -> list[Any]:
@@ -169,6 +211,8 @@ class RingExchange:
         """Begin to send ``sends`` and to receive tensors of ``shapes``; returns at once."""
         self._sent = [x.contiguous() for x in sends]
         self._received = [x.new_empty(tuple(shape)) for x, shape in zip(self._sent, shapes, strict=True)]
+        for x in self._sent:
+            _count("ring", x.numel(), x)
         ops = [dist.P2POp(dist.isend, x, self._next, self._group) for x in self._sent if x.numel()]
         ops += [dist.P2POp(dist.irecv, x, self._previous, self._group) for x in self._received if x.numel()]
         self._works = dist.batch_isend_irecv(ops) if ops else []
@@ -182,6 +226,37 @@ class RingExchange:
         return received
 
 
+class AllToAllExchange:
+    """One uneven all-to-all under way, while this rank does something else."""
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+        self._work: Any = None
+        self._kept: tuple[Tensor, ...] = ()
+
+    def start(self, send: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int]) -> None:
+        """Begin to send the first ``send_sizes[0]`` elements of the flat ``send`` to rank 0 of the group, the
+        next to rank 1 and so on, and to receive as ``receive_sizes`` says; returns at once.
+
+        Collective: ranks that neither send nor receive anything take part.
+        """
+        received = send.new_empty(sum(receive_sizes))
+        self._kept = send, received
+        own = send_sizes[rank(self._group)]
+        _count("group_cast", send.numel() - own, send)
+        self._work = dist.all_to_all_single(
+            received, send, list(receive_sizes), list(send_sizes), group=self._group, async_op=True
+        )
+
+    def wait(self) -> Tensor:
+        """What arrived, flat, in the order of the ranks. On CUDA the current stream waits and the host does
+        not; both buffers live until then, so that no other work is given their memory before."""
+        self._work.wait()
+        received = self._kept[1]
+        self._work, self._kept = None, ()
+        return received
+
+
 def all_to_all(sends: Sequence[Tensor], receive_sizes: Sequence[int], group: Group) -> list[Tensor]:
     """Send the flat tensor ``sends[i]`` to rank i of the group; returns one flat tensor from every rank.
 
@@ -189,6 +264,7 @@ def all_to_all(sends: Sequence[Tensor], receive_sizes: Sequence[int], group: Gro
     """
     packed = torch.cat(list(sends))
     received = packed.new_empty(sum(receive_sizes))
+    _count("all_to_all", packed.numel() - sends[rank(group)].numel(), packed)
     dist.all_to_all_single(received, packed, list(receive_sizes), [x.numel() for x in sends], group=group)
     return list(received.split(list(receive_sizes)))
 
@@ -201,6 +277,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 def all_gather(x: Tensor, group: Group) -> Tensor:
     """``x`` of every rank (equal shapes), ``[ranks, *x.shape]``."""
     size = world_size(group)
+    _count("all_gather", (size - 1) * x.numel(), x)
     out = x.new_empty(size * x.shape[0], *x.shape[1:])  # gloo insists on ranks joined along dim 0
     _all_gather(out, x.contiguous(), group=group)
     return out.unflatten(0, (size, x.shape[0]))
@@ -210,5 +287,6 @@ def reduce_scatter(x: Tensor, group: Group) -> Tensor:
     """Sum ``x [ranks, ...]`` over the group; returns this rank's entry."""
     x = x.contiguous()
     out = x.new_empty(x.shape[1:])
+    _count("reduce_scatter", x.numel() - out.numel(), x)
     _reduce_scatter(out, x.flatten(0, 1), group=group)
     return out
