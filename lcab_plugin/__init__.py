@@ -13,6 +13,7 @@ from lcab_plugin.attention import Attention, attention
 from lcab_plugin.context_parallel import ContextParallel, context_parallel
 from lcab_plugin.errors import LcabError, UnsupportedError
 from lcab_plugin.layout import Layout
+from lcab_plugin.recompute import KeepAttention, keep_attention
 
 if TYPE_CHECKING:
     from lcab_plugin.config import AttentionConfig
@@ -23,11 +24,13 @@ __all__ = [
     "Attention",
     "AttentionConfig",
     "ContextParallel",
+    "KeepAttention",
     "Layout",
     "LcabError",
     "UnsupportedError",
     "attention",
     "context_parallel",
+    "keep_attention",
     "kernels",
     "masks",
 ]

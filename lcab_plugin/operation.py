@@ -18,6 +18,7 @@ from lcab_plugin.kernels.contract import Kernel, KernelOptions
 from lcab_plugin.kernels.merge import RowSum, Softmax
 from lcab_plugin.layout import View
 from lcab_plugin.masks import AttentionMask
+from lcab_plugin.recompute import once
 
 Sums = tuple[RowSum, RowSum, RowSum]  # of dq, dk, dv
 
@@ -175,10 +176,15 @@ def compute(
     options: KernelOptions,
 ) -> tuple[Tensor, Tensor]:
     """``out`` and ``lse`` of an operation, sink included."""
-    total = Softmax(q, v)
-    op.forward(total, q, k, v, view, options)  # type: ignore[arg-type]
-    out, lse = total.result()
-    return (out, lse) if sink is None else with_sink(out, lse, sink)
+
+    def run() -> tuple[Tensor, Tensor]:
+        total = Softmax(q, v)
+        op.forward(total, q, k, v, view, options)  # type: ignore[arg-type]
+        out, lse = total.result()
+        return (out, lse) if sink is None else with_sink(out, lse, sink)
+
+    out, lse = once(run)
+    return out, lse
 
 
 def gradients(saved: Saved, op: Operation, view: MaskView, options: KernelOptions) -> tuple[Tensor, ...]:
