@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from lcab_plugin.cli import output
+from lcab_plugin.cli import bench_cp, output
+from lcab_plugin.cli.bench_progress import progress
 from lcab_plugin.cli.parse import integers, names, shape
 from lcab_plugin.errors import LcabError
 
@@ -23,6 +20,7 @@ if TYPE_CHECKING:
     from lcab_plugin.bench.settings import Settings
 
 app = typer.Typer(help="Measurements on this machine.", no_args_is_help=True)
+app.command("cp")(bench_cp.bench_cp)
 
 
 @app.callback()
@@ -158,7 +156,7 @@ def _measure(settings: Settings, path: Path, resume: bool) -> tuple[list[Record]
     found = {cells.key(record): record for record in recorded if settings.asks(record)}
     stopped = False
     try:
-        with RunLog(path, append=True) as log, _progress(settings, path) as (watch, done):
+        with RunLog(path, append=True) as log, progress(settings, path) as (watch, done):
             for record in kernels.run(settings, log, recorded, watch):
                 found[cells.key(record)] = record
                 done()
@@ -168,26 +166,6 @@ def _measure(settings: Settings, path: Path, resume: bool) -> tuple[list[Record]
         if path.exists():
             cells.write_csv(cells.read(path), path.with_suffix(".csv"))
     return list(found.values()), stopped
-
-
-@contextmanager
-def _progress(settings: Settings, path: Path) -> Iterator[tuple[Any, Any]]:
-    """What comes next, and one cell more: a bar on stderr, or a line a mask and length to no terminal."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print(
-        f"{settings.total} cells, {settings.device}, {settings.shape.dtype}, at most "
-        f"{settings.cell_seconds:g} s each; records in {path}"
-    )
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=settings.total)
-
-        def watch(text: str) -> None:
-            progress.update(task, description=text)
-            if not console.is_terminal:
-                console.print(text)
-
-        yield watch, lambda: progress.advance(task)
 
 
 def _print(records: list[Record], settings: Settings) -> None:

@@ -1,0 +1,401 @@
+"""What every rank of `lcab bench cp` does: strategies x layouts x masks x lengths x passes on one group.
+
+The strategies of one mask, length and pass take turns (A B C A B C ...) with plain attention on one rank and
+with their own kernel calls alone. Every repeat starts on all ranks together and counts for as long as its
+slowest rank took, so that all ranks take the same decisions.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lcab_plugin import kernels, masks
+from lcab_plugin import layout as layouts
+from lcab_plugin.attention import attention
+from lcab_plugin.bench import accuracy, cells, contenders, cp_volume, timing, trial
+from lcab_plugin.bench.accuracy import Case, Sample
+from lcab_plugin.bench.cells import Record
+from lcab_plugin.bench.cp import FIELDS, SINGLE, Settings, degrees
+from lcab_plugin.bench.cp_ranks import RankLostError, SlowestRank, or_lost
+from lcab_plugin.bench.settings import DTYPES, default_parameters
+from lcab_plugin.bench.trial import Ending, Machine
+from lcab_plugin.context_parallel import ContextParallel, collectives, context_parallel
+from lcab_plugin.errors import LcabError
+from lcab_plugin.kernels.contract import Kernel, KernelOptions, accumulation_dtype
+from lcab_plugin.training import records
+from lcab_plugin.training.records import RunLog
+
+_NO_PEAK = "not measured: torch counts no allocations on the CPU, and a process's peak never falls"
+_RESULTS = ("out", "dq", "dk", "dv")
+
+
+def run(settings: Settings, device: torch.device, log: RunLog) -> list[Record]:
+    """Measure on every rank of the process group; rank 0 writes each record to ``log`` once it is known.
+
+    Returns every cell's record, on all ranks.
+
+    Raises:
+        RankLostError: this rank failed alone; the others wait for it in vain and must be ended.
+    """
+    bench = _Bench(settings, device)
+    log.write("run", **bench.environment)
+    found = []
+    for mask, seqlen in settings.groups:
+        for record in bench.group(mask, seqlen, log):
+            log.write("cell", **record)
+            found.append(record)
+    return found
+
+
+class Recorder:
+    """A kernel that keeps every call made of it, to be made again without anything around it."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+        self.calls: dict[str, list[Callable[[], Any]]] = {"fwd": [], "bwd": []}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._kernel, name)
+
+    def forward(self, *arguments: Any) -> Any:
+        """The kernel's, kept."""
+        self.calls["fwd"].append(partial(self._kernel.forward, *arguments))
+        return self._kernel.forward(*arguments)
+
+    def backward(self, *arguments: Any) -> Any:
+        """The kernel's, kept."""
+        self.calls["bwd"].append(partial(self._kernel.backward, *arguments))
+        return self._kernel.backward(*arguments)
+
+    def again(self, step: str) -> None:
+        """The kernel calls of a pass, one after another."""
+        with torch.no_grad():
+            for call in (call for part in step.split("+") for call in self.calls[part]):
+                call()
+
+
+@dataclass
+class Entry:
+    """A strategy under a layout, or the single process (``cp`` None), among those of one mask and length.
+
+    ``case``: this rank's shards under the global mask; None where this rank has nothing to do. ``ended``: why
+    passes are not measured. ``sent``, ``peaks``: of this rank, by pass.
+    """
+
+    strategy: str
+    layout: str | None
+    cp: ContextParallel | None = None
+    case: Case | None = None
+    ended: dict[str, Ending] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    sent: dict[str, int] = field(default_factory=dict)
+    peaks: dict[str, float] = field(default_factory=dict)
+    recorder: Recorder | None = None
+
+    @property
+    def name(self) -> str:
+        """Unique among the entries of a group."""
+        return f"{self.strategy}/{self.layout}"
+
+    def attend(self, kernel: str) -> contenders.Attend:
+        """The public call on this rank's shards."""
+        case = self.case
+        assert case is not None
+        return lambda q, k, v: attention(q, k, v, case.mask, kernel=kernel, scale=case.scale, cp=self.cp)
+
+
+class _Bench:
+    """One group of ranks."""
+
+    def __init__(self, settings: Settings, device: torch.device) -> None:
+        self.settings, self.machine = settings, Machine(device)
+        self.clock = SlowestRank(self.machine.clock, device)
+        self.limits = timing.Limits(seconds=settings.cell_seconds)
+        self.rank = collectives.rank()
+        self.environment = records.environment(device)
+        self.groups: dict[str, ContextParallel] = {}  # by strategy: process groups are made once
+
+    def group(self, name: str, seqlen: int, log: RunLog) -> Iterator[Record]:
+        """The cells of one mask and length."""
+        settings = self.settings
+        parameters = default_parameters(name, seqlen, settings.documents, settings.seed)
+        mask = masks.from_name(name, seqlen, **parameters)
+        facts = self._facts(name, parameters, mask)
+        log.write("group", **facts)
+        whole = self._whole(mask)
+        sample = accuracy.sample(whole, settings.seed) if self.rank == 0 else None
+        entries = [Entry(strategy, layout) for strategy, layout in settings.rows]
+        for entry in entries:
+            called = f"{entry.strategy} {entry.layout}" if entry.layout else entry.strategy
+            log.write("next", at=f"{name} {seqlen}, first calls of {called}")
+            self._first_calls(entry, whole, sample)
+            for step in settings.passes:
+                if step in entry.ended:
+                    yield self._record(facts, entry, step, mask, sample)
+        for step in settings.passes:
+            log.write("next", at=f"{name} {seqlen}, {step}, all strategies in turn")
+            racing = [entry for entry in entries if step not in entry.ended]
+            found = timing.measure(self._calls(racing, step), self.clock, self.limits)
+            for entry in racing:
+                record = self._record(facts, entry, step, mask, sample)
+                self._fill(record, entry, found)
+                yield record
+        entries.clear()
+        self.machine.release()
+
+    def _whole(self, mask: masks.AttentionMask) -> Case:
+        """The same tensors on every rank."""
+        shape, device = self.settings.shape, self.machine.device
+        g = torch.Generator(device).manual_seed(self.settings.seed)
+        sizes = [
+            (shape.batch, mask.q_len, heads, shape.head_dim)
+            for heads in (shape.heads, shape.kv_heads, shape.kv_heads, shape.heads)
+        ]
+        dtype = DTYPES[shape.dtype]
+        q, k, v, dout = (torch.randn(size, generator=g, device=device, dtype=dtype) for size in sizes)
+        return Case(q, k, v, dout, mask, shape.head_dim**-0.5)
+
+    def _first_calls(self, entry: Entry, whole: Case, sample: Sample | None) -> None:
+        """Whether it runs and is right, what it sends and holds, and its kernel calls."""
+        for action in (
+            lambda: self._place(entry, whole),
+            lambda: self._refuse_dense(entry, whole),
+            lambda: self._check(entry, sample),
+            lambda: self._count(entry),
+        ):
+            ending = self._agreed(action, entry.strategy == SINGLE)
+            if ending is not None:
+                entry.case = entry.recorder = None
+                entry.ended = dict.fromkeys(self.settings.passes, ending)
+                self.machine.release()
+                return
+
+    def _agreed(self, action: Callable[[], None], alone: bool) -> Ending | None:
+        """Run it; the first rank's ending, where it raised what all ranks can go on from: anything, where no
+        rank waits for another in it (``alone``).
+
+        Raises:
+            RankLostError: it raised anything else.
+        """
+        ending: Ending | None = None
+        try:
+            action()
+        except LcabError as error:
+            ending = "unsupported", str(error).strip().splitlines()[0]
+        except _CappedError as error:
+            ending = "capped", str(error)
+        except _WrongError as error:
+            ending = "error", str(error)
+        except Exception as error:
+            if not alone:
+                raise RankLostError(f"{type(error).__name__}: {error}") from error
+            ending = trial.ending(error)
+        endings = collectives.all_gather_object(ending)
+        return next((found for found in endings if found is not None), None)
+
+    def _place(self, entry: Entry, whole: Case) -> None:
+        """Its group and layout, and this rank's shards."""
+        if entry.strategy == SINGLE:
+            entry.case = whole if self.rank == 0 else None
+            return
+        if entry.strategy not in self.groups:
+            chosen: dict[str, Any] = {**degrees(entry.strategy, self.settings.world, self.settings.ulysses)}
+            if chosen:
+                chosen["placement"] = self.settings.placement
+            self.groups[entry.strategy] = context_parallel(entry.strategy, **chosen)
+        cp = self.groups[entry.strategy].with_layout(entry.layout, mask=whole.mask)
+        entry.cp = cp
+        q, k, v, dout = (cp.shard(x) for x in (whole.q, whole.k, whole.v, whole.dout))
+        entry.case = Case(q, k, v, dout, whole.mask, whole.scale)
+
+    def _refuse_dense(self, entry: Entry, whole: Case) -> None:
+        """A kernel that holds [q, k] does not start where that is more than there is."""
+        found = contenders.find(self.settings.kernel)
+        need = max(found.dense_bytes(whole, step) for step in self.settings.passes)
+        if entry.strategy != SINGLE and self.machine.cuda:
+            need //= self.settings.world
+        room = self.machine.room()
+        if need > room:
+            raise _CappedError(
+                f"its [q, k] tensors need about {need / 2**30:.2g} GiB, {room / 2**30:.2g} GiB are free"
+            )
+
+    def _check(self, entry: Entry, sample: Sample | None) -> None:
+        """One call through a recorder. Raises _WrongError where it is: a wrong result has no speed."""
+        case, cp = entry.case, entry.cp
+        if case is None:
+            return
+        backward = self.settings.passes != ("fwd",)
+        results = self._recorded(entry, case, backward)
+        if cp is not None:
+            results = [cp.unshard(x) for x in results]
+        if sample is None:
+            return
+        entry.errors = sample.errors(**dict(zip(_RESULTS, results, strict=False)))
+        worst = max(entry.errors, key=entry.errors.__getitem__)
+        if not entry.errors[worst] <= accuracy.GROSS[case.q.dtype]:
+            raise _WrongError(
+                f"wrong result: {worst} is off by {entry.errors[worst]:.1e} of its largest value"
+            )
+
+    def _recorded(self, entry: Entry, case: Case, backward: bool) -> list[Tensor]:
+        """out, and dq, dk and dv; of a strategy the kernel calls are kept."""
+        q, k, v = leaves = [x.detach().requires_grad_(backward) for x in (case.q, case.k, case.v)]
+        if entry.cp is None:
+            out = entry.attend(self.settings.kernel)(q, k, v)
+        else:
+            entry.recorder = Recorder(kernels.get(self.settings.kernel))
+            recorder: Any = entry.recorder
+            out = entry.cp.attend(q, k, v, case.mask, recorder, KernelOptions(case.scale), False)[0]
+        return [out.detach(), *(torch.autograd.grad(out, leaves, case.dout) if backward else ())]
+
+    def _count(self, entry: Entry) -> None:
+        """Bytes sent and memory above the tensors given, of a second call: the first also compared settings
+        and compiled."""
+        case, cuda, device = entry.case, self.machine.cuda, self.machine.device
+        if case is None:
+            return
+        attend = entry.attend(self.settings.kernel)
+        base = torch.cuda.memory_allocated(device) if cuda else 0
+
+        def count(step: str, call: Callable[[], Any]) -> Any:
+            collectives.reset_bytes()
+            if cuda:
+                torch.cuda.reset_peak_memory_stats(device)
+            result = call()
+            self.machine.clock.wait()
+            entry.sent[step] = sum(collectives.bytes_sent().values())
+            entry.peaks[step] = (torch.cuda.max_memory_allocated(device) - base) / 2**30 if cuda else 0.0
+            return result
+
+        if self.settings.passes != ("fwd",):
+            backward = count("fwd", lambda: trial.call(attend, case, "bwd"))
+            count("bwd", backward)
+            entry.sent["fwd+bwd"] = entry.sent["fwd"] + entry.sent["bwd"]
+            entry.peaks["fwd+bwd"] = max(entry.peaks["fwd"], entry.peaks["bwd"])
+        count("fwd", trial.call(attend, case, "fwd"))
+
+    def _calls(self, racing: Sequence[Entry], step: str) -> dict[str, timing.Call]:
+        """What takes turns: every entry, then the strategies' kernel calls."""
+        calls: dict[str, timing.Call] = {}
+        for entry in racing:
+            calls[entry.name] = _idle
+            if entry.case is not None:
+                attend = entry.attend(self.settings.kernel)
+                calls[entry.name] = or_lost(trial.call(attend, entry.case, step))
+        for entry in racing:
+            if entry.recorder is not None:
+                calls[f"{entry.name} kernels"] = or_lost(partial(entry.recorder.again, step))
+        gc.collect()
+        return calls
+
+    def _fill(self, record: Record, entry: Entry, found: dict[str, Any]) -> None:
+        """The times and what follows from them."""
+        result, shape, step = found[entry.name], self.settings.shape, record["pass"]
+        ranks = 1 if entry.strategy == SINGLE else self.settings.world
+        record |= {f"{name}_ms": getattr(result, name) for name in ("median", "p10", "p90", "min")}
+        record |= {"repeats": result.repeats, "relative_ci": result.relative_ci}
+        pairs = record["area"] * shape.batch * shape.heads
+        flops = cells.rates(step, result.median, pairs, shape.head_dim)["tflops"]
+        record["tflops_per_rank"] = flops / ranks if flops is not None else None
+        alone = found.get(f"{entry.name} kernels")
+        if alone is not None:
+            record |= {"kernels_ms": alone.median, "exposed_ms": result.median - alone.median}
+        single = next((t for name, t in found.items() if name.startswith(f"{SINGLE}/")), None)
+        if single is not None and entry.strategy != SINGLE:
+            record["single_ms"] = single.median
+            record["efficiency"] = single.median / (ranks * result.median)
+
+    def _facts(self, name: str, parameters: dict[str, Any], mask: masks.AttentionMask) -> Record:
+        """What all cells of a group share."""
+        settings, shape = self.settings, self.settings.shape
+        shown = {key: value for key, value in parameters.items() if key not in ("lengths", "prefixes")}
+        if "lengths" in parameters:
+            count = len(parameters["lengths"])
+            shown |= {"documents": settings.documents, "seed": settings.seed, "count": count}
+        same = {name: getattr(shape, name) for name in ("batch", "heads", "kv_heads", "head_dim", "dtype")}
+        return {
+            **dict.fromkeys(FIELDS),
+            "schema": cells.SCHEMA,
+            "mask": name,
+            "parameters": shown,
+            "digest": mask.digest,
+            "area": mask.area,
+            "fraction": mask.area / (mask.q_len * mask.k_len),
+            "seqlen": mask.q_len,
+            "world": settings.world,
+            "kernel": settings.kernel,
+            "backend": "nccl" if self.machine.cuda else "gloo",
+            "threads": torch.get_num_threads(),
+            "hardware": self.environment["device"],
+            **same,
+            **{key: self.environment[key] for key in ("torch", "lcab_plugin", "git")},
+        }
+
+    def _record(
+        self, facts: Record, entry: Entry, step: str, mask: masks.AttentionMask, sample: Sample | None
+    ) -> Record:
+        """What is known but for the times; collective where the cell was measured."""
+        status, reason = entry.ended.get(step, ("ok", None))
+        cp = entry.cp
+        record = {
+            **facts,
+            "strategy": entry.strategy,
+            "degrees": cp.degrees if cp is not None else None,
+            "placement": cp.placement if cp is not None else None,
+            "layout": entry.layout,
+            "pass": step,
+            "status": status,
+            "reason": reason,
+            "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        if status != "ok":
+            return record
+        names = _RESULTS[:1] if step == "fwd" else _RESULTS
+        record |= {f"error_{name}": entry.errors.get(name) for name in names}
+        record["error_samples"] = sample.what if sample is not None else None
+        counted = collectives.all_gather_object((entry.sent.get(step), entry.peaks.get(step)))
+        record["peak_memory_note"] = None if self.machine.cuda else _NO_PEAK
+        if self.machine.cuda:
+            record["peak_memory_gib"] = max(peak for _, peak in counted if peak is not None)
+        if cp is None:
+            return record
+        record["sent_bytes"] = max(sent for sent, _ in counted)
+        record["closed_form_bytes"] = self._closed_form(cp, mask, step)
+        record["imbalance"] = layouts.imbalance(cp.layout, mask)
+        return record
+
+    def _closed_form(self, cp: ContextParallel, mask: masks.AttentionMask, step: str) -> int:
+        """Of the rank that sends most, as ``sent_bytes`` is."""
+        shape, dtype = self.settings.shape, DTYPES[self.settings.shape.dtype]
+        sizes = dtype.itemsize, accumulation_dtype(dtype).itemsize
+        call = cp_volume.Call(
+            shape.batch, shape.heads, shape.kv_heads, shape.head_dim, shape.head_dim, *sizes
+        )
+        return max(
+            sum(
+                cp_volume.sent_bytes(cp.strategy, cp.degrees, cp.layout, mask, call, rank, part == "bwd")
+                for part in step.split("+")
+            )
+            for rank in range(cp.size)
+        )
+
+
+class _WrongError(Exception):
+    """A result too far from float64's."""
+
+
+class _CappedError(Exception):
+    """More memory than there is."""
+
+
+def _idle() -> None:
+    pass
