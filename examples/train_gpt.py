@@ -129,9 +129,12 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Decoder-only transformer; its output head shares no weights with the embedding."""
 
-    def __init__(self, config: GPTConfig, activation_checkpointing: bool) -> None:
+    def __init__(
+        self, config: GPTConfig, activation_checkpointing: bool, keep_attention: bool = False
+    ) -> None:
         super().__init__()
         self.config, self.activation_checkpointing = config, activation_checkpointing
+        self.kept = {"context_fn": lcab.keep_attention} if keep_attention else {}
         self.embedding = nn.Embedding(config.vocab, config.hidden)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.hidden, eps=1e-6)
@@ -152,7 +155,7 @@ class GPT(nn.Module):
         x = self.embedding(tokens)
         cos, sin = rope(positions, self.config.head_dim)
         for block in self.blocks:
-            x = maybe_checkpoint(self.activation_checkpointing, block, x, cos, sin, mask, cp)
+            x = maybe_checkpoint(self.activation_checkpointing, block, x, cos, sin, mask, cp, **self.kept)
         # The logits of a long sequence do not fit at once. Every rank takes as many parts, even where ranks
         # hold different numbers of rows: ZeRO 3 gathers the head for each part.
         parts = math.ceil(len(tokens) * mask.q_len * self.config.vocab / cp.size / LOGITS_AT_ONCE)
@@ -170,9 +173,9 @@ class GPT(nn.Module):
         return training_flops(matrices, tokens, area, layers=c.layers, heads=c.heads, head_dim=c.head_dim)
 
 
-def maybe_checkpoint(recompute: bool, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+def maybe_checkpoint(recompute: bool, function: Callable[..., Tensor], *inputs: Any, **how: Any) -> Tensor:
     """Call ``function``; if ``recompute``, once more in the backward pass instead of keeping activations."""
-    return checkpoint(function, *inputs, use_reentrant=False) if recompute else function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, **how) if recompute else function(*inputs)
 
 
 class Shard(NamedTuple):
@@ -286,7 +289,7 @@ def prepare(args: argparse.Namespace) -> Run:
 
     torch.manual_seed(args.seed)  # the same weights on every rank, whatever the degrees
     shape = (args.layers, args.hidden, args.heads, args.kv_heads, args.head_dim, args.ffn)
-    model = GPT(GPTConfig(text.corpus.vocab, *shape), args.activation_checkpointing)
+    model = GPT(GPTConfig(text.corpus.vocab, *shape), args.activation_checkpointing, args.keep_attention)
     engine, _, _, _ = lcab_deepspeed.initialize(
         model=model,
         model_parameters=model.parameters(),
@@ -379,6 +382,7 @@ def parse_args() -> argparse.Namespace:
     add("--head-dim", type=positive, metavar="N", help="(hidden / heads)")
     add("--vocab", type=positive, metavar="N", help="a Megatron dataset needs it; text is bytes (257)")
     add("--activation-checkpointing", action="store_true", help="recompute blocks in the backward pass")
+    add("--keep-attention", action="store_true", help="but neither attention nor its communication")
 
     add = parser.add_argument_group("data").add_argument
     add("--data", metavar="PATH", help="text file, folder or Megatron .bin/.idx (Python's documentation)")
@@ -401,7 +405,8 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument_group('attention, over the section "lcab" of the config').add_argument
     for key in ATTENTION:
         field = lcab.AttentionConfig.model_fields[key]
-        add(f"--{key}", type=int if key in DEGREES else str, metavar=key.upper(), help=field.description)
+        flag = f"--{key.replace('_', '-')}"
+        add(flag, type=int if key in DEGREES else str, metavar=key.upper(), help=field.description)
 
     add = parser.add_argument_group("run").add_argument
     add("--name", help="of the run (preset and time)")
@@ -420,6 +425,8 @@ def parse_args() -> argparse.Namespace:
     args.head_dim = args.head_dim or args.hidden // args.heads
     if args.head_dim % 2:
         parser.error(f"--head-dim {args.head_dim} is odd, and RoPE turns pairs: give an even one")
+    if args.keep_attention and not args.activation_checkpointing:
+        parser.error("--keep-attention says what --activation-checkpointing leaves out: give both")
     return args
 
 

@@ -164,6 +164,11 @@ class _ForEveryMask:
         self.cp = cp
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, *rest: Any) -> Any:
+        if self.cp.layout_name == "balanced":  # layers of other masks would read the same rows as others
+            raise LcabError(
+                "layout 'balanced' is made for one mask, which need not be every layer's; pass the batch's "
+                "group: cp=cp.with_layout(mask=mask)"
+            )
         return self.cp.with_layout(mask=mask).attend(q, k, v, mask, *rest)
 
 

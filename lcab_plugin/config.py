@@ -9,7 +9,14 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lcab_plugin import kernels, masks
-from lcab_plugin.context_parallel import AXES, resolve_degrees, strategy_name
+from lcab_plugin.context_parallel.topology import (
+    AXES,
+    PLACEMENTS,
+    ranks_of,
+    require_placement,
+    resolve_degrees,
+    strategy_name,
+)
 from lcab_plugin.errors import LcabError, unknown
 from lcab_plugin.layout import LAYOUTS
 
@@ -23,10 +30,16 @@ class AttentionConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     kernel: str = Field("sdpa_flash", description="a name of `lcab kernels`")
-    strategy: str = Field("none", description="none, ulysses, ring_p2p, ring_all_gather or usp")
+    strategy: str = Field("none", description=", ".join(AXES))
     ulysses: int | None = Field(None, ge=1, description="Ulysses degree; follows from the world if left out")
     ring: int | None = Field(None, ge=1, description="ring degree; follows from the world if left out")
-    layout: str = Field("zigzag", description="contiguous or zigzag")
+    inner_ring: int | None = Field(None, ge=1, description="LoongTrain's inner ring; divides ring")
+    placement: str = Field(
+        PLACEMENTS[0],
+        description="what neighbouring ranks share in usp and loongtrain: head_first, a sequence's heads "
+        "(Ulysses inside the node); context_first, its rings",
+    )
+    layout: str = Field("zigzag", description=", ".join(LAYOUTS))
     mask: str = Field("causal", description="the mask family of the batches, a name of `lcab masks list`")
     scale: float | None = Field(None, gt=0, description="softmax scale; head_dim ** -0.5 if left out")
     softcap: float | None = Field(None, gt=0, description="logit soft cap")
@@ -41,6 +54,12 @@ class AttentionConfig(BaseModel):
     @classmethod
     def _known_strategy(cls, name: str) -> str:
         return strategy_name(name)
+
+    @field_validator("placement")
+    @classmethod
+    def _known_placement(cls, name: str) -> str:
+        require_placement(name)
+        return name
 
     @field_validator("layout")
     @classmethod
@@ -90,24 +109,20 @@ class AttentionConfig(BaseModel):
         return self.model_dump()
 
     def degrees(self, size: int) -> dict[str, int]:
-        """The degree of every axis of the strategy over ``size`` ranks.
+        """The degrees of the strategy over ``size`` ranks, by the names ``context_parallel()`` takes.
 
         Raises:
             LcabError: the degrees given do not make ``size``.
         """
-        return resolve_degrees(self.strategy, size, {"ulysses": self.ulysses, "ring": self.ring})
+        return resolve_degrees(self.strategy, size, self._given())
 
     @property
     def cp_size(self) -> int | None:
         """Context-parallel ranks by the degrees given; None where one is left out."""
-        given = {"ulysses": self.ulysses, "ring": self.ring}
-        size = 1
-        for axis in AXES[self.strategy]:
-            degree = given[axis]
-            if degree is None:
-                return None
-            size *= degree
-        return size
+        return ranks_of(self.strategy, self._given())
+
+    def _given(self) -> dict[str, int | None]:
+        return {"ulysses": self.ulysses, "ring": self.ring, "inner_ring": self.inner_ring}
 
 
 def _known(kind: str, name: str, choices: Any) -> str:

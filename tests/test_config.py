@@ -24,6 +24,27 @@ def test_degrees_that_follow_from_the_world():
     assert lcab.AttentionConfig.from_dict({}).cp_size == 1
 
 
+def test_a_ring_of_rings():
+    section = {
+        "strategy": "loongtrain",
+        "ulysses": 2,
+        "ring": 4,
+        "inner_ring": 2,
+        "placement": "context_first",
+    }
+    config = lcab.AttentionConfig.from_dict(section)
+    assert config.cp_size == 8
+    assert config.degrees(8) == {"ulysses": 2, "inner_ring": 2, "ring": 4}
+    assert lcab.AttentionConfig.from_dict(config.to_dict()) == config
+    config = lcab.AttentionConfig.from_dict({"strategy": "loongtrain", "ulysses": 2, "inner_ring": 3})
+    assert config.cp_size is None
+    assert config.degrees(12) == {"ulysses": 2, "inner_ring": 3, "ring": 6}
+    with pytest.raises(
+        lcab.LcabError, match="ring=4: inner_ring = 3 does not divide it; give one of: 1, 2, 4"
+    ):
+        config.degrees(8)
+
+
 def test_megatrons_names():
     assert lcab.AttentionConfig.from_dict({"strategy": "a2a+p2p"}).strategy == "usp"
 
@@ -35,6 +56,8 @@ def test_megatrons_names():
         ({"kernel": "sdpa-flash"}, "did you mean 'sdpa_flash'"),
         ({"strategy": "ulises"}, "did you mean 'ulysses'"),
         ({"layout": "zig-zag"}, "did you mean 'zigzag'"),
+        ({"placement": "context-first"}, "did you mean 'context_first'"),
+        ({"inner_ring": 0}, "'inner_ring' = 0.*greater"),
         ({"mask": "causal_documents"}, "did you mean 'causal_document'"),
         ({"ulysses": "2"}, "'ulysses' = '2'.*integer"),
         ({"ring": 0}, "'ring' = 0.*greater"),

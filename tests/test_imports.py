@@ -19,10 +19,11 @@ ARROWS: dict[str, set[str]] = {
     "masks": {"errors"},
     "kernels": {"errors", "masks"},
     "layout": {"errors", "masks"},
-    "operation": {"errors", "masks", "layout", "kernels"},
+    "recompute": {"errors"},
+    "operation": {"errors", "masks", "layout", "kernels", "recompute"},
     "torch_op": {"errors", "masks", "operation", "kernels"},
     "attention": {"errors", "masks", "operation", "torch_op", "kernels"},
-    "context_parallel": {"errors", "masks", "layout", "operation", "kernels"},
+    "context_parallel": {"errors", "masks", "layout", "operation", "kernels", "recompute"},
 }
 ARROWS["config"] = {*ARROWS, "context_parallel"}
 ARROWS["adapters"] = {*ARROWS}

@@ -15,7 +15,7 @@ from lcab_plugin import masks
 from lcab_plugin.masks import AttentionMask
 
 N = 96
-STRATEGIES = ("ulysses", "ring_p2p", "ring_all_gather", "usp")
+STRATEGIES = ("ulysses", "ring_p2p", "ring_all_gather", "usp", "group_cast")
 
 
 def softmax_with_a_column(

@@ -9,20 +9,34 @@ from torch import Tensor
 
 from lcab_plugin import layout as layouts
 from lcab_plugin.context_parallel import collectives
+from lcab_plugin.context_parallel.group_cast import GroupCast
 from lcab_plugin.context_parallel.ring_all_gather import RingAllGather
 from lcab_plugin.context_parallel.ring_p2p import RingP2P
-from lcab_plugin.context_parallel.topology import Axis, build_axes, members_of, resolve_degrees, strategy_name
+from lcab_plugin.context_parallel.topology import (
+    PLACEMENTS,
+    Axis,
+    axis_sizes,
+    build_axes,
+    members_of,
+    require_placement,
+    resolve_degrees,
+    strategy_name,
+    with_mesh,
+)
 from lcab_plugin.context_parallel.ulysses import HeadExchange, ToHeads, ToTokens, require_heads
-from lcab_plugin.errors import LcabError
+from lcab_plugin.errors import LcabError, UnsupportedError
 from lcab_plugin.kernels.contract import Kernel, KernelOptions
 from lcab_plugin.layout import Layout, View
 from lcab_plugin.masks import AttentionMask
 from lcab_plugin.operation import Local, Operation, attend, needs_backward, require_supported
+from lcab_plugin.recompute import once
 
-_RINGS: dict[str, type[RingP2P] | type[RingAllGather]] = {
+_RINGS: dict[str, type[RingP2P] | type[RingAllGather] | type[GroupCast]] = {
     "ring_p2p": RingP2P,
     "ring_all_gather": RingAllGather,
     "usp": RingP2P,
+    "loongtrain": RingP2P,
+    "group_cast": GroupCast,
 }
 
 
@@ -32,30 +46,41 @@ def context_parallel(
     *,
     ulysses: int | None = None,
     ring: int | None = None,
+    inner_ring: int | None = None,
+    placement: str = PLACEMENTS[0],
     layout: str = "zigzag",
     mask: AttentionMask | None = None,
     seqlen: int | None = None,
 ) -> ContextParallel:
     """Split sequences over the ranks of ``group``.
 
-    Collective over the world the first time a strategy needs subgroups (``usp``): call it on every rank.
+    Collective over the world where a strategy needs subgroups (``usp``, ``loongtrain``) or ``group`` is a
+    DeviceMesh: call it on every rank.
 
     Args:
-        strategy: ``ulysses``, ``ring_p2p``, ``ring_all_gather``, ``usp``, ``none``, or Megatron's ``a2a``,
-            ``p2p``, ``all_gather``, ``a2a+p2p``.
-        group: a ProcessGroup, a DeviceMesh, or None for the world.
+        strategy: ``ulysses``, ``ring_p2p``, ``ring_all_gather``, ``group_cast``, ``usp`` (Ulysses around a
+            ring), ``loongtrain`` (Ulysses around a ring of rings), ``none``, or Megatron's ``a2a``, ``p2p``,
+            ``all_gather``, ``a2a+p2p``: its hierarchical context parallelism is ``usp``, ``head_first``.
+        group: a ProcessGroup, a DeviceMesh, or None for the world. Several dimensions of a mesh that are
+            called like the strategy's axes (``ulysses``, ``inner_ring``, ``ring``) give its degrees.
         ulysses, ring: degrees; one that is left out follows from the group's size.
-        layout: ``contiguous`` or ``zigzag``.
+        inner_ring: LoongTrain's, divides ``ring``: keys go round rings of this many ranks while the next
+            ring's are on their way.
+        placement: which ranks are neighbours in the group, and so in one node. ``head_first``: those that
+            share a sequence's heads (Ulysses), and the rings go between nodes; ``context_first``: those of a
+            ring (the inner ring first), and Ulysses goes between nodes.
+        layout: ``contiguous``, ``zigzag``, ``striped`` or ``balanced``, which needs ``mask``, here or later.
         mask, seqlen: shape the layout; either may come later with :meth:`ContextParallel.with_layout`.
 
     Raises:
-        LcabError: unknown strategy or layout, or degrees that do not make the group's size.
+        LcabError: unknown strategy, placement or layout, or degrees that do not make the group's size.
     """
     name = strategy_name(strategy)
-    degrees = resolve_degrees(name, len(members_of(group)), {"ulysses": ulysses, "ring": ring})
-    whole, axes = build_axes(group, degrees)
-    if layout not in layouts.LAYOUTS:
-        layouts.make(layout, 1, 1)  # raises with the nearest name
+    require_placement(placement, name)
+    given = {"ulysses": ulysses, "ring": ring, "inner_ring": inner_ring}
+    degrees = resolve_degrees(name, len(members_of(group)), with_mesh(name, group, given, placement))
+    whole, axes = build_axes(group, axis_sizes(degrees, placement))
+    layouts.require_name(layout)
     cp = ContextParallel(name, whole, axes, layout, None, _Handshake())
     return cp if mask is None and seqlen is None else cp.with_layout(mask=mask, seqlen=seqlen)
 
@@ -70,8 +95,9 @@ class _Handshake:
 class ContextParallel:
     """One strategy over one group, with the layout of one sequence length.
 
-    Attributes: ``strategy``, ``degrees`` (per axis, innermost first), ``size``, ``rank`` (within the group),
-    ``group``, ``layout_name``.
+    Attributes: ``strategy``, ``degrees`` (per axis, innermost first; a double ring's axes are ``inner_ring``
+    and ``outer_ring``), ``placement`` (None where there are no two axes), ``composition`` (in words),
+    ``size``, ``rank`` (within the group), ``group``, ``layout_name``.
     """
 
     def __init__(
@@ -90,6 +116,17 @@ class ContextParallel:
             self.size *= degree
         self.rank = sum(axis.index * axis.stride for axis in axes.values())
         self._axes, self._layout, self._handshake = axes, layout, handshake
+        self._rings = [axis for name, axis in axes.items() if name != "ulysses"]
+        self.placement: str | None = None
+        if len(axes) > 1:
+            self.placement = PLACEMENTS[0] if next(iter(axes)) == "ulysses" else PLACEMENTS[1]
+        self.composition = self._composition()
+
+    def _composition(self) -> str:
+        """The operations, outermost first, as in ``Ulysses(2) around RingP2P(4) of RingP2P(2)``."""
+        rings = [f"{_RINGS[self.strategy].__name__}({axis.size})" for axis in reversed(self._rings)]
+        inside = " of ".join(rings) or "kernel"
+        return f"Ulysses({self.degrees['ulysses']}) around {inside}" if "ulysses" in self._axes else inside
 
     @property
     def layout(self) -> Layout:
@@ -109,7 +146,11 @@ class ContextParallel:
 
         Args:
             name: another layout, or None for the one this group has.
-            mask, seqlen: what the layout is for; one of them.
+            mask, seqlen: what the layout is for; one of them. ``balanced`` needs the mask, the same on every
+                rank, and then holds for every layer of the batch, whatever their masks.
+
+        Raises:
+            LcabError: an unknown name, no sequence, or ``balanced`` without a mask.
         """
         if seqlen is None and mask is None:
             raise LcabError("a layout needs the sequence: pass mask= or seqlen=")
@@ -117,7 +158,7 @@ class ContextParallel:
         if mask is not None and tokens != mask.q_len:
             raise LcabError(f"seqlen={tokens} but the mask is for {mask.q_len} queries; pass one of them")
         name = name or self.layout_name
-        layout = layouts.make(name, self.size, tokens)
+        layout = layouts.make(name, self.size, tokens, mask)
         if layout is self._layout:
             return self
         return ContextParallel(self.strategy, self.group, self._axes, name, layout, self._handshake)
@@ -143,10 +184,13 @@ class ContextParallel:
         """The strategy as composed, with its degrees and layout."""
         if self.size == 1:
             return "none"
-        ring = _RINGS[self.strategy].__name__ if self.strategy in _RINGS else ""
-        inner = f"{ring}({self.degrees['ring']})" if "ring" in self.degrees else "kernel"
-        text = f"Ulysses({self.degrees['ulysses']}) around {inner}" if "ulysses" in self.degrees else inner
-        return f"{self.strategy}: {text}, {self.layout_name} layout"
+        placement = f"{self.placement}, " if self.placement is not None else ""
+        return f"{self.strategy}: {self.composition}, {placement}{self.layout_name} layout"
+
+    def imbalance(self, mask: AttentionMask) -> float:
+        """How uneven the ranks' work is under ``mask`` in this layout: visible pairs of the most loaded rank
+        over the mean. Ulysses alone shares the work by heads, whatever the layout."""
+        return layouts.imbalance(self.layout, mask)
 
     def attend(
         self,
@@ -164,8 +208,8 @@ class ContextParallel:
         self._check(q, k, v, mask, kernel, options, sink)
         view = View(mask, self.layout, (self.rank,), (self.rank,))
         op: Operation = Local(kernel, needs_backward(q, k, v))
-        if "ring" in self._axes:
-            op = _RINGS[self.strategy](op, self._axes["ring"])
+        for axis in self._rings:
+            op = _RINGS[self.strategy](op, axis)
         ulysses = self._axes.get("ulysses")
         if ulysses is None or ulysses.size == 1:
             return attend(q, k, v, sink, op, view, options)
@@ -175,7 +219,8 @@ class ContextParallel:
         q, k, v = ToHeads.apply(exchange, q, k, v)
         out, lse = attend(q, k, v, sink, op, ulysses.all_rows(view), options)
         if return_lse:
-            lse = exchange.to_tokens((lse.transpose(1, 2).unsqueeze(-1),), (exchange.heads,))[0]
+            by_head = (lse.transpose(1, 2).unsqueeze(-1),)
+            lse = once(lambda: tuple(exchange.to_tokens(by_head, (exchange.heads,))))[0]
             lse = lse.squeeze(-1).transpose(1, 2)
         return ToTokens.apply(exchange, out), lse if return_lse else None
 
@@ -201,13 +246,16 @@ class ContextParallel:
             return
         collectives.raise_together(problem, self.group)
         call = {
+            "strategy": self.strategy,
+            "degrees": list(self.degrees.items()),
             "kernel": kernel.name,
             "options": options,
-            "layout": self.layout_name,
+            "layout": (self.layout_name, self.layout.digest),
             "mask": mask.digest,
             "dtype": str(q.dtype),
             "sink": sink is not None,
-            "batch, heads, kv_heads, head_dim": (q.shape[0], q.shape[2], k.shape[2], q.shape[3]),
+            "batch, heads, kv_heads": (q.shape[0], q.shape[2], k.shape[2]),
+            "head_dim, value head_dim": (q.shape[3], v.shape[3]),
         }
         collectives.require_agreement("the attention call", call, self.group)
         self._handshake.done = True
@@ -215,10 +263,16 @@ class ContextParallel:
     def _check_own(
         self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, kernel: Kernel, options: KernelOptions
     ) -> None:
-        if not mask.q_len == mask.k_len == self.layout.seqlen:
+        if mask.q_len != mask.k_len:
+            raise UnsupportedError(
+                f"the mask is for {mask.q_len} queries and {mask.k_len} keys, and a group splits one "
+                "sequence with a query for every key; run cross-attention without cp=, or pad the shorter "
+                "side and hide the padding by the mask"
+            )
+        if mask.q_len != self.layout.seqlen:
             raise LcabError(
-                f"the mask is for {mask.q_len} queries and {mask.k_len} keys, the layout for "
-                f"{self.layout.seqlen} tokens; use cp.with_layout(mask=mask)"
+                f"the mask is for {mask.q_len} queries, the layout for {self.layout.seqlen} tokens; use "
+                "cp.with_layout(mask=mask)"
             )
         own = self.layout.length(self.rank)
         if q.shape[1] != own or k.shape[1] != own:
@@ -227,7 +281,7 @@ class ContextParallel:
                 f"{k.shape[1]}; shard them with cp.shard(x, dim=1)"
             )
         if "ulysses" in self.degrees:
-            require_heads(q.shape[2], k.shape[2], self.degrees["ulysses"])
+            require_heads(q.shape[2], k.shape[2], self.degrees["ulysses"], self.size)
         require_supported(kernel, q, k, v, mask, options, needs_backward(q, k, v))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,27 +12,50 @@ from torch import Tensor
 from lcab_plugin.context_parallel import collectives
 from lcab_plugin.context_parallel.topology import Axis
 from lcab_plugin.errors import LcabError
+from lcab_plugin.kernels.contract import accumulation_dtype
 from lcab_plugin.layout import View
+from lcab_plugin.recompute import once
 
 
-def require_heads(heads: int, kv_heads: int, degree: int) -> None:
-    """Check that whole heads can be dealt evenly to the Ulysses ranks.
+def fits(heads: int, kv_heads: int, degree: int) -> bool:
+    """Whether ``degree`` ranks can share the heads: whole groups (a key/value head and the query heads that
+    read it), at least one a rank, or equal parts of groups."""
+    return kv_heads >= degree or (degree % kv_heads == 0 and heads % degree == 0)
 
-    Key/value heads fewer than the degree are sent to every rank whose query heads read them.
+
+def require_heads(heads: int, kv_heads: int, degree: int, ranks: int) -> None:
+    """Check that heads can be dealt to ``degree`` Ulysses ranks, of ``ranks`` in the group.
 
     Raises:
-        LcabError: names the heads, the degree and the degrees that fit.
+        LcabError: names the heads, the degree, those that fit, and one with a ring that makes ``ranks``.
     """
+    if fits(heads, kv_heads, degree):
+        return
+    fitting = [u for u in range(1, heads + 1) if fits(heads, kv_heads, u)]
+    best = max(u for u in fitting if u < degree and ranks % u == 0)
+    raise LcabError(
+        f"{heads} query heads and {kv_heads} key/value heads cannot be dealt to {degree} Ulysses ranks "
+        f"without cutting a group of {heads // kv_heads} query heads unevenly; degrees that fit: "
+        f"{', '.join(map(str, fitting))}; on {ranks} ranks: strategy 'usp' with ulysses={best}, "
+        f"ring={ranks // best}"
+    )
 
-    def fits(u: int) -> bool:
-        return heads % u == 0 and (kv_heads % u == 0 or u % kv_heads == 0)
 
-    if not fits(degree):
-        fitting = ", ".join(str(u) for u in range(1, heads + 1) if fits(u))
-        raise LcabError(
-            f"{heads} query heads and {kv_heads} key/value heads cannot be dealt evenly to {degree} Ulysses "
-            f"ranks; degrees that fit: {fitting}"
-        )
+def deal(heads: int, kv_heads: int, degree: int) -> tuple[list[slice], list[slice]]:
+    """The query heads and the key/value heads of every Ulysses rank.
+
+    Whole groups where there is one for every rank: ranks have as many, or one more. With fewer key/value
+    heads than ranks each rank has an equal part of one group, and its key/value head.
+    """
+    if kv_heads >= degree:
+        edges = [kv_heads * i // degree for i in range(degree + 1)]
+        group = heads // kv_heads
+        return [slice(a * group, b * group) for a, b in pairwise(edges)], list(map(slice, edges, edges[1:]))
+    each, sharing = heads // degree, degree // kv_heads
+    return (
+        [slice(i * each, (i + 1) * each) for i in range(degree)],
+        [slice(i // sharing, i // sharing + 1) for i in range(degree)],
+    )
 
 
 class HeadExchange:
@@ -45,14 +69,12 @@ class HeadExchange:
         # each shard's rows ascend, but shards interleave (zigzag); kernels want all of them ascending
         self.order = view.layout.ascending(tuple(r for ranks in shards for r in ranks), q.device)
         self.heads, self.kv_heads = q.shape[2], k.shape[2]
+        q_slices, kv_slices = deal(self.heads, self.kv_heads, axis.size)
+        self._slices = {self.heads: q_slices, self.kv_heads: kv_slices}
 
     def slices(self, total_heads: int) -> list[slice]:
-        """The heads of a tensor with ``total_heads`` that each rank works on."""
-        size = self.axis.size
-        if total_heads % size == 0:
-            each = total_heads // size
-            return [slice(i * each, (i + 1) * each) for i in range(size)]
-        return [slice(i * total_heads // size, i * total_heads // size + 1) for i in range(size)]
+        """The heads of a tensor with ``total_heads``, queries' or keys', that each rank works on."""
+        return self._slices[total_heads]
 
     def to_heads(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Scatter heads, gather tokens; one all-to-all for all tensors."""
@@ -61,12 +83,9 @@ class HeadExchange:
             torch.cat([x[:, :, s[i]].flatten() for x, s in zip(tensors, per_tensor, strict=True)])
             for i in range(self.axis.size)
         ]
+        own = [_count(s[self.axis.index]) for s in per_tensor]
         shapes = [
-            [
-                (x.shape[0], t, s[0].stop - s[0].start, x.shape[3])
-                for x, s in zip(tensors, per_tensor, strict=True)
-            ]
-            for t in self.tokens
+            [(x.shape[0], t, n, x.shape[3]) for x, n in zip(tensors, own, strict=True)] for t in self.tokens
         ]
         received = self._exchange(sends, shapes)
         return [self._sorted(torch.cat(parts, 1)) for parts in zip(*received, strict=True)]
@@ -77,7 +96,11 @@ class HeadExchange:
         parts = [self._unsorted(x).split(self.tokens, 1) for x in tensors]
         sends = [torch.cat([p[i].flatten() for p in parts]) for i in range(self.axis.size)]
         own = self.tokens[self.axis.index]
-        shapes = [[(x.shape[0], own, *x.shape[2:]) for x in tensors]] * self.axis.size
+        per_tensor = [self.slices(total) for total in heads]
+        shapes = [
+            [(x.shape[0], own, _count(s[i]), x.shape[3]) for x, s in zip(tensors, per_tensor, strict=True)]
+            for i in range(self.axis.size)
+        ]
         received = self._exchange(sends, shapes)
         return [
             self._assembled(pieces, total)
@@ -85,12 +108,15 @@ class HeadExchange:
         ]
 
     def _assembled(self, pieces: Sequence[Tensor], heads: int) -> Tensor:
-        if heads % self.axis.size == 0:
+        """All ``heads`` of the own tokens from every rank's."""
+        if heads >= self.axis.size:
             return torch.cat(list(pieces), 2)
-        out = pieces[0].new_zeros(*pieces[0].shape[:2], heads, pieces[0].shape[3])
+        first = pieces[0]
+        shape = (*first.shape[:2], heads, first.shape[3])
+        out = first.new_zeros(shape, dtype=accumulation_dtype(first.dtype))
         for s, piece in zip(self.slices(heads), pieces, strict=True):
             out[:, :, s] += piece
-        return out
+        return out.to(first.dtype)
 
     def _exchange(
         self, sends: list[Tensor], shapes: Sequence[Sequence[tuple[int, ...]]]
@@ -113,13 +139,17 @@ class HeadExchange:
         return torch.empty_like(x).index_copy_(1, self.order, x)
 
 
+def _count(heads: slice) -> int:
+    return int(heads.stop - heads.start)
+
+
 class ToHeads(torch.autograd.Function):
     """q, k, v of this rank's tokens -> of this rank's heads."""
 
     @staticmethod
     def forward(ctx: Any, exchange: HeadExchange, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         ctx.exchange = exchange
-        return tuple(exchange.to_heads((q, k, v)))
+        return once(lambda: tuple(exchange.to_heads((q, k, v))))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -133,7 +163,7 @@ class ToTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, exchange: HeadExchange, out: Tensor) -> Tensor:
         ctx.exchange = exchange
-        return exchange.to_tokens((out,), (exchange.heads,))[0]
+        return once(lambda: tuple(exchange.to_tokens((out,), (exchange.heads,))))[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:

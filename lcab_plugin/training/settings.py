@@ -14,8 +14,8 @@ from lcab_plugin.errors import LcabError
 
 DTYPES = ("fp32", "bf16", "fp16")
 OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD"}
-ATTENTION = ("kernel", "strategy", "ulysses", "ring", "layout", "mask")
-DEGREES = ("ulysses", "ring")
+DEGREES = ("ulysses", "ring", "inner_ring")
+ATTENTION = ("kernel", "strategy", *DEGREES, "placement", "layout", "mask")
 
 
 class Settings:
@@ -40,7 +40,7 @@ class Settings:
     def apply(self, flags: Mapping[str, Any]) -> None:
         """Put flags into the config; a flag that is None or absent was not given.
 
-        ``kernel``, ``strategy``, ``ulysses``, ``ring``, ``layout`` and ``mask`` go to the section ``"lcab"``;
+        Those named in ``ATTENTION`` go to the section ``"lcab"``;
         ``global_batch``, ``micro_batch``, ``dtype``, ``optimizer``, ``lr``, ``weight_decay`` and ``clip`` to
         DeepSpeed's own settings. Other flags are not looked at.
         """
@@ -88,8 +88,8 @@ class Settings:
     def _attention(self, flags: Mapping[str, Any]) -> None:
         section = self._section("lcab")
         if flags.get("strategy") not in (None, section.get("strategy")):
-            for degree in DEGREES:
-                section.pop(degree, None)  # it belonged to the strategy that is replaced
+            for key in (*DEGREES, "placement"):
+                section.pop(key, None)  # it belonged to the strategy that is replaced
         for key in ATTENTION:
             self._put(section, key, flags.get(key))
 

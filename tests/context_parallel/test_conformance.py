@@ -17,6 +17,8 @@ DEGREES = {
     "ring_p2p": lambda world: {},
     "ring_all_gather": lambda world: {},
     "usp": lambda world: {"ulysses": min(2, world)},
+    "loongtrain": lambda world: {"ulysses": 1, "inner_ring": min(2, world)},
+    "group_cast": lambda world: {},
 }
 HEADS = [(4, 4), (8, 2), (4, 1)]  # kv heads fewer than the Ulysses degree included
 

@@ -4,33 +4,24 @@ from __future__ import annotations
 
 import atexit
 import itertools
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from cases import errors, inputs, reference
 from distributed import run
-from hypothesis import given
-from hypothesis import strategies as st
 
 import lcab_plugin as lcab
 from lcab_plugin import layout as layouts
 from lcab_plugin import masks
 from lcab_plugin.context_parallel import collectives, resolve_degrees
+from lcab_plugin.context_parallel.topology import AXES, axis_sizes, build_axes, with_mesh
+from lcab_plugin.context_parallel.ulysses import HeadExchange, deal, fits, require_heads
+from lcab_plugin.layout import View
 
 N = 64
-
-
-@given(st.sampled_from(sorted(layouts.LAYOUTS)), st.integers(1, 9), st.integers(1, 200))
-def test_a_layout_deals_every_token_once(name, ranks, tokens):
-    layout = layouts.make(name, ranks, tokens)
-    held = [layout.positions(r).tolist() for r in range(ranks)]
-    assert sorted(itertools.chain(*held)) == list(range(tokens))
-    assert all(rows == sorted(rows) for rows in held)
-    assert [layout.length(r) for r in range(ranks)] == [len(rows) for rows in held]
-    assert max(map(len, held)) - min(map(len, held)) <= 2
-    x = torch.arange(2 * tokens).view(2, tokens)
-    assert all(torch.equal(layout.shard(x, r, 1), x[:, held[r]]) for r in range(ranks))
 
 
 def test_zigzag_is_megatrons():
@@ -49,6 +40,10 @@ def test_zigzag_is_megatrons():
         ("usp", 8, {"ulysses": 2, "ring": 4}, {"ulysses": 2, "ring": 4}),
         ("ring_p2p", 4, {"ulysses": 1}, {"ring": 4}),
         ("none", 1, {}, {}),
+        ("loongtrain", 8, {"ulysses": 2, "inner_ring": 2}, {"ulysses": 2, "inner_ring": 2, "ring": 4}),
+        ("loongtrain", 8, {"ring": 4, "inner_ring": 4}, {"ulysses": 2, "inner_ring": 4, "ring": 4}),
+        ("usp", 4, {"ulysses": 2, "inner_ring": 1}, {"ulysses": 2, "ring": 2}),
+        ("group_cast", 4, {}, {"ring": 4}),
     ],
 )
 def test_degrees_follow_from_the_size(strategy, size, given_degrees, want):
@@ -64,11 +59,82 @@ def test_degrees_follow_from_the_size(strategy, size, given_degrees, want):
         ("ring_p2p", 4, {"ulysses": 2}, "has no ulysses axis"),
         ("ring_p2p", 4, {"ring": 0}, "ring=0 is not a positive degree"),
         ("none", 2, {}, "does not make 2 ranks"),
+        (
+            "loongtrain",
+            8,
+            {"ulysses": 2, "inner_ring": 3},
+            "ring=4: inner_ring = 3 does not divide it; give one of: 1, 2, 4",
+        ),
+        ("loongtrain", 8, {"ulysses": 2}, "ring=4: inner_ring is missing; give one of: 1, 2, 4"),
+        ("loongtrain", 8, {"inner_ring": 2}, r"ulysses=\? x ring=\? does not make 8.*ulysses, ring missing"),
+        ("loongtrain", 8, {"ulysses": 2, "ring": 2, "inner_ring": 2}, "ulysses=2 x ring=2 does not make 8"),
+        ("loongtrain", 8, {"ulysses": 3, "inner_ring": 2}, "ulysses=3 x ring=.* does not make 8"),
+        ("usp", 8, {"ulysses": 2, "inner_ring": 2}, r"has no inner_ring axis.*used by: loongtrain"),
     ],
 )
 def test_degrees_that_do_not_fit(strategy, size, given_degrees, message):
     with pytest.raises(lcab.LcabError, match=message):
         resolve_degrees(strategy, size, given_degrees)
+
+
+@pytest.mark.parametrize(
+    ("placement", "want"),
+    [
+        ("head_first", [("ulysses", 2), ("inner_ring", 2), ("outer_ring", 3)]),
+        ("context_first", [("inner_ring", 2), ("outer_ring", 3), ("ulysses", 2)]),
+    ],
+)
+def test_axes_in_the_order_of_the_placement(placement, want):
+    assert list(axis_sizes({"ulysses": 2, "inner_ring": 2, "ring": 6}, placement).items()) == want
+
+
+def test_placements_that_cannot_be():
+    with pytest.raises(lcab.LcabError, match="did you mean 'head_first'"):
+        lcab.context_parallel("usp", ulysses=1, placement="heads_first")
+    with pytest.raises(lcab.LcabError, match=r"no two axes to place.*used by: usp, loongtrain"):
+        lcab.context_parallel("ring_p2p", placement="context_first")
+
+
+def mesh(**dimensions: int) -> SimpleNamespace:
+    """What is read of a DeviceMesh, outermost dimension first."""
+    shape = tuple(dimensions.values())
+    return SimpleNamespace(mesh_dim_names=tuple(dimensions), mesh=torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "dimensions", "placement", "want"),
+    [
+        ("usp", {"ring": 4, "ulysses": 2}, "head_first", {"ring": 4, "ulysses": 2}),
+        ("usp", {"ulysses": 2, "ring": 4}, "context_first", {"ring": 4, "ulysses": 2}),
+        ("usp", {"dp": 2, "cp": 4}, "head_first", {}),
+        ("ring_p2p", {"ring": 4}, "head_first", {}),
+        (
+            "loongtrain",
+            {"ring": 3, "inner_ring": 2, "ulysses": 4},
+            "head_first",
+            {"ring": 6, "inner_ring": 2, "ulysses": 4},
+        ),
+        (
+            "loongtrain",
+            {"ulysses": 4, "outer_ring": 3, "inner_ring": 2},
+            "context_first",
+            {"ring": 6, "inner_ring": 2, "ulysses": 4},
+        ),
+        ("loongtrain", {"ring": 6, "ulysses": 4}, "head_first", {"ring": 6, "ulysses": 4}),
+    ],
+)
+def test_degrees_of_a_mesh(strategy, dimensions, placement, want):
+    given = dict.fromkeys(AXES[strategy])
+    assert with_mesh(strategy, mesh(**dimensions), given, placement) == {**given, **want}
+
+
+def test_meshes_that_do_not_fit():
+    with pytest.raises(
+        lcab.LcabError, match=r"innermost first, are ring, ulysses, but 'usp'.*ulysses, ring;"
+    ):
+        with_mesh("usp", mesh(ulysses=2, ring=4), {}, "head_first")
+    with pytest.raises(lcab.LcabError, match="the mesh has ring=4, but ring=2 was given"):
+        with_mesh("usp", mesh(ring=4, ulysses=2), {"ring": 2}, "head_first")
 
 
 def test_names_that_do_not_exist():
@@ -161,6 +227,116 @@ def test_gloo_settles_at_exit():
     run(settles_once, 2)
 
 
+@pytest.mark.parametrize("degree", range(1, 9))
+@pytest.mark.parametrize("kv_heads", [1, 2, 3, 4, 5, 8])
+def test_heads_are_dealt_in_groups(kv_heads, degree):
+    """Every query head is worked on once, beside its key/value head, which no rank is sent twice."""
+    for group in (1, 2, 3, 4):
+        heads = kv_heads * group
+        if not fits(heads, kv_heads, degree):
+            continue
+        q_slices, kv_slices = deal(heads, kv_heads, degree)
+        q_dealt = [list(range(heads))[s] for s in q_slices]
+        kv_dealt = [list(range(kv_heads))[s] for s in kv_slices]
+        assert list(itertools.chain(*q_dealt)) == list(range(heads))
+        assert set(itertools.chain(*kv_dealt)) == set(range(kv_heads))
+        for own, keys in zip(q_dealt, kv_dealt, strict=True):
+            local = len(own) // len(keys)  # query heads per key/value head, as a kernel reads the shapes
+            assert [h // group for h in own] == [keys[i // local] for i in range(len(own))]
+        if kv_heads >= degree:
+            assert {len(keys) for keys in kv_dealt} <= {kv_heads // degree, -(-kv_heads // degree)}
+
+
+@pytest.mark.parametrize(
+    ("heads", "degree", "ranks", "message"),
+    [
+        ((6, 2), 4, 4, "degrees that fit: 1, 2, 6; on 4 ranks: strategy 'usp' with ulysses=2, ring=2"),
+        ((12, 3), 4, 8, "fit: 1, 2, 3, 6, 12; on 8 ranks: strategy 'usp' with ulysses=2, ring=4"),
+        ((3, 1), 2, 2, "degrees that fit: 1, 3; on 2 ranks: strategy 'usp' with ulysses=1, ring=2"),
+        ((4, 4), 8, 8, "4 key/value heads cannot be dealt to 8 Ulysses ranks.*ulysses=4, ring=2"),
+        ((8, 1), 6, 12, "a group of 8 query heads unevenly.*on 12 ranks.*ulysses=4, ring=3"),
+    ],
+)
+def test_heads_that_cannot_be_dealt(heads, degree, ranks, message):
+    with pytest.raises(lcab.LcabError, match=message):
+        require_heads(*heads, degree, ranks)
+
+
+def dealt_heads(rank: int, world: int) -> None:
+    """Uneven groups, groups in parts, MQA; values of another head_dim; with sinks and lse."""
+    mask = masks.sliding_window_causal(N, 20)
+    axes = {"ulysses": {}, "usp": {"ulysses": world // 2}, "loongtrain": {"ulysses": 2, "inner_ring": 1}}
+    groups = {name: lcab.context_parallel(name, **given, seqlen=N) for name, given in axes.items()}
+    for (heads, kv_heads), (name, cp) in itertools.product(
+        [(6, 3), (10, 5), (5, 5), (4, 1), (12, 3), (8, 2), (12, 6)], groups.items()
+    ):
+        if not fits(heads, kv_heads, cp.degrees["ulysses"]):
+            continue
+        q, k, v, dout = inputs(N, N, heads, kv_heads, 16, torch.float64)
+        v, dout = v[..., :10], dout[..., :10]
+        want = reference(q, k, v, dout, mask)
+        q, k, v = (cp.shard(t, 1).requires_grad_() for t in (q, k, v))
+        out, lse = lcab.attention(q, k, v, mask, kernel="naive", cp=cp, return_lse=True)
+        out.backward(cp.shard(dout, 1))
+        got = {"out": out, "lse": lse, "dq": q.grad, "dk": k.grad, "dv": v.grad}
+        local = {t: cp.shard(want[t], 2 if t == "lse" else 1) for t in got}
+        for tensor, error in errors(got, local).items():
+            assert error < 1e-12, (name, (heads, kv_heads), tensor, error)
+        sink = torch.arange(heads, dtype=torch.float64, requires_grad=True)
+        lcab.attention(q, k, v, mask, kernel="naive", cp=cp, sink=sink).backward(cp.shard(dout, 1))
+        alone = sink.detach().clone().requires_grad_()
+        x = inputs(N, N, heads, kv_heads, 16, torch.float64)[:3]
+        lcab.attention(*x[:2], x[2][..., :10], mask, kernel="naive", sink=alone).backward(dout)
+        torch.testing.assert_close(collectives.all_reduce_sum(sink.grad), alone.grad, rtol=0, atol=1e-12)
+
+
+def other_value_dim(rank: int, world: int) -> None:
+    mask = masks.causal_document((30, 1, 33))
+    q, k, v, dout = inputs(N, N, 4, 2, 8, torch.float64)
+    v, dout = torch.cat((v, v.sin()), -1), torch.cat((dout, dout.cos()), -1)
+    want = reference(q, k, v, dout, mask)
+    for strategy in ("ulysses", "ring_p2p", "ring_all_gather", "group_cast"):
+        cp = lcab.context_parallel(strategy, seqlen=N)
+        own = [cp.shard(t, 1).requires_grad_() for t in (q, k, v)]
+        out = lcab.attention(*own, mask, kernel="naive", cp=cp)
+        out.backward(cp.shard(dout, 1))
+        got = {"out": out, **{f"d{n}": t.grad for n, t in zip("qkv", own, strict=True)}}
+        assert max(errors(got, {t: cp.shard(want[t], 1) for t in got}).values()) < 1e-12, strategy
+
+
+def shared_key_sent(rank: int, world: int) -> None:
+    """One key/value head for four ranks: each is sent it once, and its gradients are summed in float32."""
+    mask, cp = masks.causal(N), lcab.context_parallel("ulysses", seqlen=N)
+    x = inputs(N, N, 4, 1, 32, torch.bfloat16, batch=1)
+    q, k, v = (cp.shard(t, 1).requires_grad_() for t in x[:3])
+    collectives.reset_bytes()
+    out = lcab.attention(q, k, v, mask, kernel="naive", cp=cp)
+    own = N // world
+    rows = own * 3 * (1 + 2) + own * 3  # q, k and v of a head to each of three ranks; out of their tokens
+    sent = {key: n for key, n in collectives.bytes_sent().items() if key == "all_to_all"}
+    assert sent == {"all_to_all": rows * 32 * 2}
+    out.backward(cp.shard(x[3], 1))
+    assert errors({"dk": k.grad}, {"dk": cp.shard(reference(*x, mask)["dk"], 1)})["dk"] < 2**-8
+    axis = cp._axes["ulysses"]
+    exchange = HeadExchange(axis, View(mask, cp.layout, (rank,), (rank,)), q, k)
+    part = torch.full((1, N, 1, 1), (256, 1, 1, 0)[rank], dtype=torch.bfloat16)
+    (total,) = exchange.to_tokens((part,), (1,))
+    assert total.dtype == torch.bfloat16
+    assert (total == 258).all(), "in bfloat16 the sum would stay 256"
+
+
+def each(rank: int, world: int, checks: tuple[Callable[[int, int], None], ...]) -> None:
+    for check in checks:
+        check(rank, world)
+
+
+@pytest.mark.parametrize(
+    ("world", "checks"), [(2, (dealt_heads, other_value_dim)), (4, (dealt_heads, shared_key_sent))]
+)
+def test_heads_on_ranks(world, checks):
+    run(each, world, checks)
+
+
 def bad_calls(rank: int, world: int) -> None:
     def expect(message: str, call, *args, **kwargs) -> None:
         try:
@@ -188,13 +364,20 @@ def bad_calls(rank: int, world: int) -> None:
         return lcab.attention(q[:, :, :heads], k, v, mask, kernel=kernel, cp=cp)
 
     expect("degrees that fit: 1, 2, 6", call, "ulysses")  # six heads over four ranks
+    expect("on 4 ranks: strategy 'usp' with ulysses=2, ring=2", call, "ulysses")
     expect("the mask is for 63 queries", call, mask=masks.causal(63))
+    longer = masks.AttentionMask(N, 80, [(0, N, 0, 80)])
+    expect("64 queries and 80 keys, and a group splits one sequence", call, mask=longer)
     expect("disagree on the attention call", call, mask=mask if rank else masks.full(N))
     expect("disagree on the attention call", call, kernel="naive" if rank else "sdpa_math")
     expect("disagree on the attention call", call, dtype=torch.float32 if rank else torch.float64)
     expect("disagree on the attention call", call, layout="zigzag" if rank else "contiguous")
     expect("rank 2: this rank holds 16 of 64 tokens", call, rows=3 if rank == 2 else None)
     expect("does not make 4 ranks", lcab.context_parallel, "ring_p2p", ring=3)
+    expect("ring=2: inner_ring = 3", lcab.context_parallel, "loongtrain", ulysses=2, inner_ring=3)
+    expect("disagree on the attention call", call, "ring_all_gather" if rank else "ring_p2p")
+    order = ("ulysses", "ring") if rank else ("ring", "ulysses")
+    expect("disagree on the context-parallel axes", build_axes, None, dict.fromkeys(order, 2))
     expect("disagree", collectives.require_agreement, "a setting", rank > 2)
 
 

@@ -140,6 +140,13 @@ def test_bf16_with_activation_checkpointing(tmp_path: Path) -> None:
     assert curve(records)[-1] < curve(records)[0] - 0.5
 
 
+def test_keeping_attention_changes_nothing_but_the_work(tmp_path: Path) -> None:
+    flags = ["--strategy", "ring_p2p", "--steps", 3]
+    plain = train(tmp_path, "torchrun", 2, "plain", *flags)
+    kept = train(tmp_path, "torchrun", 2, "kept", *flags, "--activation-checkpointing", "--keep-attention")
+    assert curve(kept) == curve(plain)
+
+
 def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
     done = launch("python", 1, "--kernel", "sdpa_flsh", "--out", tmp_path)
     assert done.returncode == 1

@@ -208,13 +208,9 @@ def _context_parallel(settings: Settings) -> ContextParallel:
         starts = range(0, collectives.world_size(), size)
         group = collectives.new_groups([list(range(start, start + size)) for start in starts])
     attention = settings.attention
-    degrees = attention.degrees(size)
+    degrees: dict[str, Any] = {**attention.degrees(size)}
     return context_parallel(
-        attention.strategy,
-        group=group,
-        ulysses=degrees.get("ulysses"),
-        ring=degrees.get("ring"),
-        layout=attention.layout,
+        attention.strategy, group=group, **degrees, placement=attention.placement, layout=attention.layout
     )
 
 
