@@ -159,6 +159,22 @@ def test_a_graphs_plans_take_another_mask():
         plans.load(MASKS["global_sliding_window"])
 
 
+def test_a_graph_of_a_symmetric_mask_takes_one_that_is_not(monkeypatch):
+    """Forward and backward then read tables of one size, but not the same one."""
+    square = Config(32, 32, 4, 1)
+    monkeypatch.setattr(tuning, "choose", lambda *_: square)
+    x = inputs(N, N, 2, 1, 16, torch.float32, batch=1)
+    window, causal = masks.sliding_window(N, 40, 40), masks.sliding_window_causal(N, 50)
+    with triton.GraphPlans(window) as plans:
+        run(*x, window)
+        plans.load(causal)
+        assert_exact(run(*x, window), reference(*x, causal))
+        with pytest.raises(lcab.LcabError, match="are the plans of"):
+            run(*x, causal)
+        with pytest.raises(lcab.LcabError, match="masks as long as"):
+            plans.load(masks.causal(N - 1))
+
+
 def test_repeatable():
     x = inputs(N, N, 4, 2, 16, torch.float32)
     a, b = (run(*x, MASKS["share_question"], deterministic=True) for _ in range(2))

@@ -108,7 +108,7 @@ def sum_dkv(
     dv = torch.empty(b, tk, hk, dv_dim, dtype=v.dtype, device=q.device)
     if not dk.numel():
         return dk, dv
-    plan = planning.plan(planning.transposed(mask), config.keys, config.rows, q.device)
+    plan = planning.plan(mask, config.keys, config.rows, q.device, transposed=True)
     sources = _source(dout, config.rows, config.tma), _source(q, config.rows, config.tma), k, v
     dkv_kernel[(len(plan.lines) * b * hk,)](
         dk,

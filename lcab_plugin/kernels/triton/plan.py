@@ -65,7 +65,7 @@ class GraphPlans:
 
     def __init__(self, mask: AttentionMask) -> None:
         self.mask = mask
-        self._plans: dict[tuple[AttentionMask, int, int, torch.device], Plan] = {}
+        self._plans: dict[tuple[int, int, torch.device, bool], Plan] = {}
 
     def __enter__(self) -> GraphPlans:
         _OWNERS.append(self)
@@ -74,22 +74,34 @@ class GraphPlans:
     def __exit__(self, *_: object) -> None:
         _OWNERS.remove(self)
 
-    def plan(self, mask: AttentionMask, rows: int, keys: int, device: torch.device) -> Plan:
-        """The plan of a launch, made at its first use: warm up inside ``with`` before capturing."""
-        key = mask, rows, keys, device
+    def plan(self, mask: AttentionMask, rows: int, keys: int, device: torch.device, transposed: bool) -> Plan:
+        """The plan of a launch, made at its first use: warm up inside ``with`` before capturing.
+
+        Raises:
+            LcabError: a launch under another mask than this object's.
+        """
+        if mask != self.mask:
+            raise LcabError(
+                f"these are the plans of {self.mask!r}, and attention runs under {mask!r}; capture one mask, "
+                "every row and key of which takes part"
+            )
+        key = rows, keys, device, transposed
         if key not in self._plans:
-            self._plans[key] = Plan(mask, rows, keys, device, spare=2)
+            self._plans[key] = Plan(_side(mask, transposed), rows, keys, device, spare=2)
         return self._plans[key]
 
     def load(self, mask: AttentionMask) -> None:
         """Let the graph's next replay run ``mask``.
 
         Raises:
-            LcabError: a block table of ``mask`` does not fit in the captured one; capture again. Part of the
-                graph's tables may then be of ``mask``: load another before the next replay.
+            LcabError: other lengths than captured, or a block table of ``mask`` does not fit in the captured
+                one; capture again. Part of the graph's tables may then be of ``mask``: load another before
+                the next replay.
         """
-        for (captured, rows, keys, device), mine in self._plans.items():
-            theirs = _cached(mask if captured == self.mask else mask.transposed(), rows, keys, device)
+        if (mask.q_len, mask.k_len) != (self.mask.q_len, self.mask.k_len):
+            raise LcabError(f"the captured graph is for masks as long as {self.mask!r}, not {mask!r}")
+        for (rows, keys, device, transposed), mine in self._plans.items():
+            theirs = _cached(mask, rows, keys, device, transposed)
             if not mine.load(theirs):
                 raise LcabError(
                     f"{mask!r} needs block tables of sizes {theirs.shape}, which do not fit in those of the "
@@ -100,20 +112,20 @@ class GraphPlans:
 _OWNERS: list[GraphPlans] = []  # the innermost owns the plans of the launches that follow
 
 
-def plan(mask: AttentionMask, rows: int, keys: int, device: torch.device) -> Plan:
-    """The plan of a launch; building one copies to the device, using one does not."""
-    return _OWNERS[-1].plan(mask, rows, keys, device) if _OWNERS else _cached(mask, rows, keys, device)
+def plan(mask: AttentionMask, rows: int, keys: int, device: torch.device, transposed: bool = False) -> Plan:
+    """The plan of a launch over blocks of ``rows`` x ``keys``; building one copies to the device, using one
+    does not. ``transposed``: lines of keys and runs of rows, in blocks of ``rows`` keys x ``keys`` rows."""
+    make = _OWNERS[-1].plan if _OWNERS else _cached
+    return make(mask, rows, keys, device, transposed)
 
 
 @lru_cache(maxsize=256)
-def _cached(mask: AttentionMask, rows: int, keys: int, device: torch.device) -> Plan:
-    return Plan(mask, rows, keys, device)
+def _cached(mask: AttentionMask, rows: int, keys: int, device: torch.device, transposed: bool) -> Plan:
+    return Plan(_side(mask, transposed), rows, keys, device)
 
 
-@lru_cache(maxsize=256)
-def transposed(mask: AttentionMask) -> AttentionMask:
-    """The mask with rows and keys exchanged."""
-    return mask.transposed()
+def _side(mask: AttentionMask, transposed: bool) -> AttentionMask:
+    return mask.transposed() if transposed else mask
 
 
 def _table(mask: AttentionMask, rows: int, keys: int) -> tuple[np.ndarray, np.ndarray]:
