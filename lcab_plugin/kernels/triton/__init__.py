@@ -24,7 +24,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class TritonKernel:
-    """Two launches forward and backward each at most: no lowering, no merge, whatever the mask."""
+    """One launch forward and three backward: no lowering, no merge, whatever the mask."""
 
     name = "triton"
     features = Features(

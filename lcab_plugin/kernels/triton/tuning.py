@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
+import warnings
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -228,11 +229,18 @@ def tuned(device: torch.device) -> _Tuned:
 
 
 def read(path: Path | None = None) -> dict[str, Config]:
-    """The user's file; nothing where there is none, and nothing of one that cannot be read."""
+    """The user's file; nothing where there is none, and nothing but a warning where it cannot be read."""
+    path = path or USER_FILE
+    if not path.exists():
+        return {}
     try:
-        entries = json.loads((path or USER_FILE).read_text())
-        return {key: Config(*value) for key, value in entries.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        return {key: Config(*value) for key, value in json.loads(path.read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        warnings.warn(
+            f"the launches that `lcab tune` found are not used: {path} cannot be read ({error}); delete it "
+            "and tune again",
+            stacklevel=2,
+        )
         return {}
 
 
