@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
@@ -37,6 +38,9 @@ class Contender(Protocol):
     def dense_bytes(self, case: Case, step: str) -> int:
         """Memory that grows with [q, k], 0 for one that needs none. ``step``: fwd, bwd or fwd+bwd."""
 
+    def computed(self, case: Case) -> int | None:
+        """Cells of one head that its forward computes, in whole blocks; None where that cannot be known."""
+
     def bind(self, case: Case) -> Attend:
         """The call ``q, k, v -> out`` that is timed; what a training step reuses is made here."""
 
@@ -66,6 +70,10 @@ class TableKernel:
     def dense_bytes(self, case: Case, step: str) -> int:
         return _scores_bytes(case, step) if self.name in _DENSE_KERNELS else 0
 
+    def computed(self, case: Case) -> int | None:
+        calls = kernels.get(self.name).explain(case.mask, case.q.shape[-1])
+        return sum(call.computed for call in calls)
+
     def bind(self, case: Case) -> Attend:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return attention(q, k, v, case.mask, kernel=self.name, scale=case.scale)
@@ -91,6 +99,9 @@ class TorchSdpa:
 
     def dense_bytes(self, case: Case, step: str) -> int:
         return _scores_bytes(case, step) if self.backend(case) == "math" else 0
+
+    def computed(self, case: Case) -> int | None:
+        return None
 
     def bind(self, case: Case) -> Attend:
         causal = bool(self._is_causal(case))
@@ -124,6 +135,9 @@ class TorchSdpaDenseMask:
         cells = case.mask.q_len * case.mask.k_len
         return cells * (1 + case.q.element_size())  # the mask, and as numbers to add to the scores
 
+    def computed(self, case: Case) -> int | None:
+        return case.mask.q_len * case.mask.k_len
+
     def bind(self, case: Case) -> Attend:
         mask = case.mask.to_dense(case.q.device)
         return lambda q, k, v: _sdpa(q, k, v, mask, False, case.scale)
@@ -135,9 +149,15 @@ class TorchSdpaDenseMask:
 
 class TorchFlex:
     """FlexAttention with its own backward, as a training script that calls it directly has it; kernel `flex`
-    must compute the forward once more to take a merged softmax."""
+    must compute the forward once more to take a merged softmax.
 
-    name = "torch_flex"
+    ``autotuned``: compiled for each length alone with the fastest of Inductor's block sizes, through tensor
+    descriptors (TMA) where the GPU has them: the best there is of it, after a minute of compiling a length.
+    """
+
+    def __init__(self, autotuned: bool = False) -> None:
+        self.name = "torch_flex_autotuned" if autotuned else "torch_flex"
+        self._autotuned = autotuned
 
     def version(self) -> str:
         return f"torch {torch.__version__}"
@@ -150,10 +170,17 @@ class TorchFlex:
     def dense_bytes(self, case: Case, step: str) -> int:
         return 0
 
+    def computed(self, case: Case) -> int | None:
+        return TableKernel("flex").computed(case)
+
     def bind(self, case: Case) -> Attend:
         from lcab_plugin.kernels import flex
 
+        # A saved forward's backward is timed many times, and may not write into what it saved.
+        torch._functorch.config.donated_buffer = False
         table = flex.block_table(case.mask, case.q.device)
+        if self._autotuned:
+            return _autotuned_flex(case, table.block_mask)
         options = KernelOptions(case.scale)
         return lambda q, k, v: flex.attend(q, k, v, table, options, with_lse=False)
 
@@ -161,8 +188,27 @@ class TorchFlex:
         return None
 
 
+def _autotuned_flex(case: Case, block_mask: Any) -> Attend:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    from lcab_plugin.kernels.flex import apart
+
+    grouped = case.q.shape[2] != case.k.shape[2]
+    tma = torch.cuda.get_device_capability(case.q.device)[0] >= 9
+    kernel_options: Any = {"USE_TMA": True} if tma else {}
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out: Any = flex_attention(
+            q, k, v, None, block_mask, case.scale, enable_gqa=grouped, kernel_options=kernel_options
+        )
+        return out.transpose(1, 2)
+
+    return torch.compile(apart(attend), fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs")
+
+
 BASELINES: dict[str, Contender] = {
-    made.name: made for made in (TorchSdpa(), TorchSdpaDenseMask(), TorchFlex())
+    made.name: made for made in (TorchSdpa(), TorchSdpaDenseMask(), TorchFlex(), TorchFlex(autotuned=True))
 }
 
 

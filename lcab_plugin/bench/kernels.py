@@ -282,6 +282,7 @@ class _Bench:
         with suppress(Exception):  # a kernel whose library is half there, a device that does not answer
             record["version"] = entry.contender.version()
             record["backend"] = entry.contender.backend(case)
+            record["computed"] = entry.contender.computed(case)
         names = ("out",) if step == "fwd" else ("out", "dq", "dk", "dv")
         record |= {f"error_{name}": entry.errors.get(name) for name in names}
         record["error_samples"] = sample.what if sample is not None and entry.errors else None

@@ -190,11 +190,15 @@ def compiled(signature: _Signature) -> Callable[..., Any]:
         out, stats = got
         return out.transpose(1, 2), getattr(stats, "lse", stats)
 
-    # The compiler counts and compares what one code object was compiled for: a copy under a name of its own
-    # keeps the lengths that one signature meets apart from every other's.
-    code = attention.__code__.replace(co_name=f"attention_{next(_SERIAL)}")
-    own = FunctionType(code, attention.__globals__, code.co_name, None, attention.__closure__)
-    return torch.compile(own, fullgraph=True)
+    return torch.compile(apart(attention), fullgraph=True)
+
+
+def apart(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A copy whose code has a name of its own: the compiler counts and compares what one code object was
+    compiled for, and so keeps the lengths that this function meets apart from every other's."""
+    assert isinstance(function, FunctionType)
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_SERIAL)}")
+    return FunctionType(code, function.__globals__, code.co_name, None, function.__closure__)
 
 
 _SERIAL = count()

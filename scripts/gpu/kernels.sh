@@ -58,7 +58,7 @@ tune() {
 
 # Lengths that nothing was tuned on among them, and other documents.
 goals() {
-    local kernels=triton,torch_flex,sdpa_flash,sdpa_cudnn
+    local kernels=triton,sdpa_flash,cudnn,fa4,torch_flex_autotuned
     lcab bench kernels --kernels "$kernels" --masks "$MASKS" --seqlens 8192,12345,16384,40000 \
         --cell-seconds 0.3 --baseline torch_flex --out "$OUT/goals.jsonl" --resume
     lcab bench kernels --kernels triton,torch_flex --masks causal_document,share_question,block_causal_document \
