@@ -1,10 +1,11 @@
-"""The records of `lcab bench kernels`: one a cell (kernel, mask, length, pass), the same fields in each."""
+"""The records of `lcab bench kernels`, one a cell (kernel, mask, length, pass), and how every benchmark's
+records are read and become a CSV."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ FIELDS = (
     "digest",
     "area",
     "fraction",
+    "computed",
     "seqlen",
     "batch",
     "heads",
@@ -82,9 +84,9 @@ FIELDS = (
 )
 
 
-def key(record: Record) -> tuple[Any, ...]:
+def key(record: Record, identity: Sequence[str] = _IDENTITY) -> tuple[Any, ...]:
     """What makes two records the same cell."""
-    return tuple(record[name] for name in _IDENTITY)
+    return tuple(record[name] for name in identity)
 
 
 def settled(record: Record) -> bool:
@@ -92,7 +94,7 @@ def settled(record: Record) -> bool:
     return record["status"] == "ok" or bool(record.get("fatal"))
 
 
-def read(path: Path) -> list[Record]:
+def read(path: Path, identity: Sequence[str] = _IDENTITY) -> list[Record]:
     """The cells of a file, of each the latest; none where there is no file.
 
     Raises:
@@ -100,18 +102,19 @@ def read(path: Path) -> list[Record]:
     """
     if not path.exists():
         return []
-    latest = {key(r): r for r in records.read(path) if r["type"] == "cell"}
+    latest = {key(r, identity): r for r in records.read(path) if r["type"] == "cell"}
     return list(latest.values())
 
 
-def write_csv(cells: Iterable[Record], path: Path) -> None:
-    """One row a cell, columns `FIELDS`; None is an empty field and parameters are JSON."""
+def write_csv(cells: Iterable[Record], path: Path, fields: Sequence[str] = FIELDS) -> None:
+    """One row a cell; None is an empty field, what holds several values (parameters, degrees) is JSON."""
     beside = path.with_name(path.name + ".new")
     with beside.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, extrasaction="ignore")
+        writer = csv.DictWriter(file, fields, extrasaction="ignore")
         writer.writeheader()
         for cell in cells:
-            writer.writerow({**cell, "parameters": json.dumps(cell["parameters"])})
+            several = {name: json.dumps(x) for name, x in cell.items() if isinstance(x, (dict, list))}
+            writer.writerow({**cell, **several})
     beside.replace(path)
 
 

@@ -3,21 +3,22 @@ length, pass), the same fields in each. `cp_measure` measures, `cp_launch` start
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lcab_plugin import layout as layouts
 from lcab_plugin import masks
 from lcab_plugin.bench import contenders
 from lcab_plugin.bench.cells import PASSES, Record
-from lcab_plugin.bench.settings import Shape
+from lcab_plugin.bench.settings import Shape, default_parameters
 from lcab_plugin.context_parallel.topology import ALIASES, AXES, PLACEMENTS, axis_sizes, strategy_name
 from lcab_plugin.errors import LcabError, unknown
 from lcab_plugin.training import records
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 SINGLE = "single"  # plain attention on one rank, in the column of the strategies
 STRATEGIES = tuple(name for name in AXES if name != "none")
@@ -90,6 +91,9 @@ class Settings:
         LcabError: a name is unknown or a number makes no sense; the message says which.
     """
 
+    job: ClassVar[str] = "cp"  # of `cp_launch`
+    fields: ClassVar[tuple[str, ...]] = FIELDS
+
     masks: tuple[str, ...]
     seqlens: tuple[int, ...]
     strategies: tuple[str, ...] = STRATEGIES
@@ -139,9 +143,8 @@ class Settings:
             raise LcabError("no sequence lengths are given; name one, as in 8192.")
         return [("sequence length", n) for n in self.seqlens]
 
-    @property
-    def rows(self) -> list[tuple[str, str | None]]:
-        """(strategy, layout) of what is measured in turn, the single process first."""
+    def rows(self, mask: str) -> list[tuple[str, str | None]]:
+        """(strategy, layout) of what is measured in turn under a mask, the single process first."""
         pairs: list[tuple[str, str | None]] = [(s, lay) for s in self.strategies for lay in self.layouts]
         return [(SINGLE, None), *pairs] if self.baseline == SINGLE else pairs
 
@@ -153,14 +156,18 @@ class Settings:
     @property
     def total(self) -> int:
         """Cells."""
-        return len(self.groups) * len(self.rows) * len(self.passes)
+        return sum(len(self.rows(mask)) for mask, _ in self.groups) * len(self.passes)
+
+    def parameters(self, mask: str, seqlen: int) -> dict[str, Any]:
+        """Of a mask family at a length, for ``masks.from_name``."""
+        return default_parameters(mask, seqlen, self.documents, self.seed)
 
     def to_json(self) -> str:
         """For the ranks."""
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> Settings:
+    def from_json(cls, text: str) -> Self:
         """What `to_json` wrote."""
         given: dict[str, Any] = json.loads(text)
         lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
@@ -219,15 +226,3 @@ def _primes(n: int) -> list[int]:
 def cells_of(path: Path) -> list[Record]:
     """The cells of a file, in the order they were measured; none where there is no file."""
     return [r for r in records.read(path) if r["type"] == "cell"] if path.exists() else []
-
-
-def write_csv(cells: Iterable[Record], path: Path) -> None:
-    """One row a cell, columns `FIELDS`; None is an empty field, parameters and degrees are JSON."""
-    beside = path.with_name(path.name + ".new")
-    with beside.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, extrasaction="ignore")
-        writer.writeheader()
-        for cell in cells:
-            texts = {name: json.dumps(cell[name]) for name in ("parameters", "degrees")}
-            writer.writerow({**cell, **texts})
-    beside.replace(path)

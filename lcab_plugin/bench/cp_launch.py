@@ -1,4 +1,4 @@
-"""Starts the ranks of `lcab bench cp` on this machine, or takes part as one of torchrun's."""
+"""Starts the ranks of `lcab bench cp` and `peers` on this machine, or takes part as one of torchrun's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lcab_plugin.bench import cp, cp_measure, cp_ranks
+from lcab_plugin.bench import cells, cp, cp_measure, cp_ranks, peers, peers_measure
 from lcab_plugin.bench.cells import Record
 from lcab_plugin.bench.cp import Settings
 from lcab_plugin.bench.launch import launch
@@ -25,8 +25,13 @@ from lcab_plugin.training.records import RunLog
 _SCRIPT = """import sys
 sys.path.insert(0, {root!r})
 from lcab_plugin.bench import cp_launch
-cp_launch.rank_main({settings!r}, {out!r})
+cp_launch.rank_main({job!r}, {settings!r}, {out!r})
 """
+# What a rank is asked, and what it does.
+_JOBS: dict[str, tuple[type[Settings], Callable[..., list[Record]]]] = {
+    cp.Settings.job: (cp.Settings, cp_measure.run),
+    peers.Settings.job: (peers.Settings, peers_measure.run),
+}
 _BEREAVED = 30.0  # seconds that a rank whose peer is gone waits to be ended
 
 
@@ -64,11 +69,12 @@ def measure(
                 done()
 
     try:
-        with tempfile.TemporaryDirectory(prefix="lcab-bench-cp-") as folder:
+        with tempfile.TemporaryDirectory(prefix=f"lcab-bench-{settings.job}-") as folder:
             asked, script = Path(folder) / "settings.json", Path(folder) / "rank.py"
             asked.write_text(settings.to_json())
             root = str(Path(cp.__file__).resolve().parents[2])
-            script.write_text(_SCRIPT.format(root=root, settings=str(asked), out=str(out.resolve())))
+            words = {"job": settings.job, "settings": str(asked), "out": str(out.resolve())}
+            script.write_text(_SCRIPT.format(root=root, **words))
             outcome = launch(
                 script,
                 [],
@@ -85,7 +91,7 @@ def measure(
         return news.cells
     finally:
         if news.cells:
-            cp.write_csv(cp.cells_of(out), out.with_suffix(".csv"))
+            _write_csv(settings, out)
 
 
 def take_part(settings: Settings, out: Path) -> list[Record] | None:
@@ -93,8 +99,12 @@ def take_part(settings: Settings, out: Path) -> list[Record] | None:
     found = _on_rank(settings, out)
     if int(os.environ["RANK"]):
         return None
-    cp.write_csv(cp.cells_of(out), out.with_suffix(".csv"))
+    _write_csv(settings, out)
     return found
+
+
+def _write_csv(settings: Settings, out: Path) -> None:
+    cells.write_csv(cp.cells_of(out), out.with_suffix(".csv"), settings.fields)
 
 
 def _on_rank(settings: Settings, out: Path) -> list[Record]:
@@ -103,14 +113,14 @@ def _on_rank(settings: Settings, out: Path) -> list[Record]:
         cp_ranks.process_group(settings, local) as device,
         RunLog(out, append=True, enabled=rank == 0) as log,
     ):
-        return cp_measure.run(settings, device, log)
+        return _JOBS[settings.job][1](settings, device, log)
 
 
-def rank_main(settings: str, out: str) -> None:
+def rank_main(job: str, settings: str, out: str) -> None:
     """A rank that `measure` started. One that fails says so in its last line; one that only lost a peer waits
     to be ended, so that the launcher sees who it was that died."""
     try:
-        _on_rank(Settings.from_json(Path(settings).read_text()), Path(out))
+        _on_rank(_JOBS[job][0].from_json(Path(settings).read_text()), Path(out))
     except (Exception, cp_ranks.RankLostError) as error:
         traceback.print_exc()
         if _peer_gone(error):
@@ -152,7 +162,7 @@ class _News:
             if record["type"] == "cell":
                 self.cells.append(record)
             elif record["type"] == "group":
-                self.facts = {name: record[name] for name in cp.FIELDS}
+                self.facts = {name: x for name, x in record.items() if name not in ("type", "time")}
             elif record["type"] == "next":
                 self.at = record["at"]
         return found
@@ -170,7 +180,7 @@ def _mourn(out: Path, news: _News, settings: Settings, reason: str) -> None:
         if all(r[name] == news.facts[name] for name in same)
     }
     with RunLog(out, append=True) as log:
-        for strategy, layout in settings.rows:
+        for strategy, layout in settings.rows(news.facts["mask"]):
             for step in settings.passes:
                 if (strategy, layout, step) not in known:
                     asked = {"strategy": strategy, "layout": layout, "pass": step}

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,11 +21,11 @@ from lcab_plugin import kernels, masks
 from lcab_plugin import layout as layouts
 from lcab_plugin.attention import attention
 from lcab_plugin.bench import accuracy, cells, contenders, cp_volume, timing, trial
-from lcab_plugin.bench.accuracy import Case, Sample
+from lcab_plugin.bench.accuracy import Case
 from lcab_plugin.bench.cells import Record
-from lcab_plugin.bench.cp import FIELDS, SINGLE, Settings, degrees
+from lcab_plugin.bench.cp import SINGLE, Settings, degrees
 from lcab_plugin.bench.cp_ranks import RankLostError, SlowestRank, or_lost
-from lcab_plugin.bench.settings import DTYPES, default_parameters
+from lcab_plugin.bench.settings import DTYPES
 from lcab_plugin.bench.trial import Ending, Machine
 from lcab_plugin.context_parallel import ContextParallel, collectives, context_parallel
 from lcab_plugin.errors import LcabError
@@ -45,14 +45,18 @@ def run(settings: Settings, device: torch.device, log: RunLog) -> list[Record]:
     Raises:
         RankLostError: this rank failed alone; the others wait for it in vain and must be ended.
     """
-    bench = _Bench(settings, device)
-    log.write("run", **bench.environment)
-    found = []
-    for mask, seqlen in settings.groups:
-        for record in bench.group(mask, seqlen, log):
-            log.write("cell", **record)
-            found.append(record)
-    return found
+    return Bench(settings, device).run(log)
+
+
+class Reference(Protocol):
+    """The right results, or some of them."""
+
+    @property
+    def what(self) -> str:
+        """What is compared, for a record."""
+
+    def errors(self, **results: Tensor) -> dict[str, float]:
+        """Of ``out``, ``dq``, ``dk``, ``dv`` of the whole sequence: largest difference over largest value."""
 
 
 class Recorder:
@@ -86,14 +90,16 @@ class Recorder:
 class Entry:
     """A strategy under a layout, or the single process (``cp`` None), among those of one mask and length.
 
-    ``case``: this rank's shards under the global mask; None where this rank has nothing to do. ``ended``: why
-    passes are not measured. ``sent``, ``peaks``: of this rank, by pass.
+    ``case``: this rank's shards under the global mask; None where this rank has nothing to do. ``attend``:
+    the public call on them. ``ended``: why passes are not measured. ``sent``, ``peaks``: of this rank, by
+    pass.
     """
 
     strategy: str
     layout: str | None
     cp: ContextParallel | None = None
     case: Case | None = None
+    attend: contenders.Attend | None = None
     ended: dict[str, Ending] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     sent: dict[str, int] = field(default_factory=dict)
@@ -105,14 +111,13 @@ class Entry:
         """Unique among the entries of a group."""
         return f"{self.strategy}/{self.layout}"
 
-    def attend(self, kernel: str) -> contenders.Attend:
-        """The public call on this rank's shards."""
-        case = self.case
-        assert case is not None
-        return lambda q, k, v: attention(q, k, v, case.mask, kernel=kernel, scale=case.scale, cp=self.cp)
+    def bound(self) -> contenders.Attend:
+        """The public call, which was placed."""
+        assert self.attend is not None
+        return self.attend
 
 
-class _Bench:
+class Bench:
     """One group of ranks."""
 
     def __init__(self, settings: Settings, device: torch.device) -> None:
@@ -123,33 +128,54 @@ class _Bench:
         self.environment = records.environment(device)
         self.groups: dict[str, ContextParallel] = {}  # by strategy: process groups are made once
 
+    def run(self, log: RunLog) -> list[Record]:
+        """All cells; rank 0 writes each to ``log`` once it is known."""
+        log.write("run", **self.environment)
+        found = []
+        for mask, seqlen in self.settings.groups:
+            for record in self.group(mask, seqlen, log):
+                log.write("cell", **record)
+                found.append(record)
+        return found
+
     def group(self, name: str, seqlen: int, log: RunLog) -> Iterator[Record]:
         """The cells of one mask and length."""
         settings = self.settings
-        parameters = default_parameters(name, seqlen, settings.documents, settings.seed)
+        parameters = settings.parameters(name, seqlen)
         mask = masks.from_name(name, seqlen, **parameters)
         facts = self._facts(name, parameters, mask)
+        entries = self._entries(facts, parameters)
+        if not entries:
+            return
         log.write("group", **facts)
+        log.write("next", at=f"{name} {seqlen}, float64")
         whole = self._whole(mask)
-        sample = accuracy.sample(whole, settings.seed) if self.rank == 0 else None
-        entries = [Entry(strategy, layout) for strategy, layout in settings.rows]
+        right = self._reference(whole)
         for entry in entries:
             called = f"{entry.strategy} {entry.layout}" if entry.layout else entry.strategy
             log.write("next", at=f"{name} {seqlen}, first calls of {called}")
-            self._first_calls(entry, whole, sample)
+            self._first_calls(entry, whole, right)
             for step in settings.passes:
                 if step in entry.ended:
-                    yield self._record(facts, entry, step, mask, sample)
+                    yield self._record(facts, entry, step, mask, right)
         for step in settings.passes:
             log.write("next", at=f"{name} {seqlen}, {step}, all strategies in turn")
             racing = [entry for entry in entries if step not in entry.ended]
             found = timing.measure(self._calls(racing, step), self.clock, self.limits)
             for entry in racing:
-                record = self._record(facts, entry, step, mask, sample)
+                record = self._record(facts, entry, step, mask, right)
                 self._fill(record, entry, found)
                 yield record
         entries.clear()
         self.machine.release()
+
+    def _entries(self, facts: Record, parameters: dict[str, Any]) -> list[Entry]:
+        """What is measured in turn under a mask, none where nothing is left to do."""
+        return [Entry(strategy, layout) for strategy, layout in self.settings.rows(facts["mask"])]
+
+    def _reference(self, whole: Case) -> Reference | None:
+        """None on a rank that compares nothing."""
+        return accuracy.sample(whole, self.settings.seed) if self.rank == 0 else None
 
     def _whole(self, mask: masks.AttentionMask) -> Case:
         """The same tensors on every rank."""
@@ -163,24 +189,28 @@ class _Bench:
         q, k, v, dout = (torch.randn(size, generator=g, device=device, dtype=dtype) for size in sizes)
         return Case(q, k, v, dout, mask, shape.head_dim**-0.5)
 
-    def _first_calls(self, entry: Entry, whole: Case, sample: Sample | None) -> None:
+    def _first_calls(self, entry: Entry, whole: Case, right: Reference | None) -> None:
         """Whether it runs and is right, what it sends and holds, and its kernel calls."""
         for action in (
             lambda: self._place(entry, whole),
             lambda: self._refuse_dense(entry, whole),
-            lambda: self._check(entry, sample),
+            lambda: self._check(entry, right),
             lambda: self._count(entry),
         ):
-            ending = self._agreed(action, entry.strategy == SINGLE)
+            ending = self._agreed(action, self._alone(entry))
             if ending is not None:
-                entry.case = entry.recorder = None
+                entry.case = entry.attend = entry.recorder = None
                 entry.ended = dict.fromkeys(self.settings.passes, ending)
                 self.machine.release()
                 return
 
+    def _alone(self, entry: Entry) -> bool:
+        """Whether the ranks can go on from any exception in its first calls."""
+        return entry.strategy == SINGLE
+
     def _agreed(self, action: Callable[[], None], alone: bool) -> Ending | None:
-        """Run it; the first rank's ending, where it raised what all ranks can go on from: anything, where no
-        rank waits for another in it (``alone``).
+        """Run it; the first rank's ending, where it raised what all ranks can go on from: anything, where
+        ``alone``.
 
         Raises:
             RankLostError: it raised anything else.
@@ -204,7 +234,8 @@ class _Bench:
     def _place(self, entry: Entry, whole: Case) -> None:
         """Its group and layout, and this rank's shards."""
         if entry.strategy == SINGLE:
-            entry.case = whole if self.rank == 0 else None
+            if self.rank == 0:
+                entry.case, entry.attend = whole, self._public(whole, None)
             return
         if entry.strategy not in self.groups:
             chosen: dict[str, Any] = {**degrees(entry.strategy, self.settings.world, self.settings.ulysses)}
@@ -215,6 +246,12 @@ class _Bench:
         entry.cp = cp
         q, k, v, dout = (cp.shard(x) for x in (whole.q, whole.k, whole.v, whole.dout))
         entry.case = Case(q, k, v, dout, whole.mask, whole.scale)
+        entry.attend = self._public(entry.case, cp)
+
+    def _public(self, case: Case, cp: ContextParallel | None) -> contenders.Attend:
+        """What users call."""
+        kernel = self.settings.kernel
+        return lambda q, k, v: attention(q, k, v, case.mask, kernel=kernel, scale=case.scale, cp=cp)
 
     def _refuse_dense(self, entry: Entry, whole: Case) -> None:
         """A kernel that holds [q, k] does not start where that is more than there is."""
@@ -222,35 +259,39 @@ class _Bench:
         need = max(found.dense_bytes(whole, step) for step in self.settings.passes)
         if entry.strategy != SINGLE and self.machine.cuda:
             need //= self.settings.world
+        self._require_room(need)
+
+    def _require_room(self, need: float) -> None:
+        """Raises _CappedError where these bytes are more than there is."""
         room = self.machine.room()
         if need > room:
             raise _CappedError(
                 f"its [q, k] tensors need about {need / 2**30:.2g} GiB, {room / 2**30:.2g} GiB are free"
             )
 
-    def _check(self, entry: Entry, sample: Sample | None) -> None:
-        """One call through a recorder. Raises _WrongError where it is: a wrong result has no speed."""
+    def _check(self, entry: Entry, right: Reference | None) -> None:
+        """One call. Raises _WrongError where its results are: what is wrong has no speed."""
         case, cp = entry.case, entry.cp
         if case is None:
             return
         backward = self.settings.passes != ("fwd",)
-        results = self._recorded(entry, case, backward)
+        results = self._results(entry, case, backward)
         if cp is not None:
             results = [cp.unshard(x) for x in results]
-        if sample is None:
+        if right is None:
             return
-        entry.errors = sample.errors(**dict(zip(_RESULTS, results, strict=False)))
+        entry.errors = right.errors(**dict(zip(_RESULTS, results, strict=False)))
         worst = max(entry.errors, key=entry.errors.__getitem__)
         if not entry.errors[worst] <= accuracy.GROSS[case.q.dtype]:
             raise _WrongError(
                 f"wrong result: {worst} is off by {entry.errors[worst]:.1e} of its largest value"
             )
 
-    def _recorded(self, entry: Entry, case: Case, backward: bool) -> list[Tensor]:
+    def _results(self, entry: Entry, case: Case, backward: bool) -> list[Tensor]:
         """out, and dq, dk and dv; of a strategy the kernel calls are kept."""
         q, k, v = leaves = [x.detach().requires_grad_(backward) for x in (case.q, case.k, case.v)]
         if entry.cp is None:
-            out = entry.attend(self.settings.kernel)(q, k, v)
+            out = entry.bound()(q, k, v)
         else:
             entry.recorder = Recorder(kernels.get(self.settings.kernel))
             recorder: Any = entry.recorder
@@ -263,7 +304,7 @@ class _Bench:
         case, cuda, device = entry.case, self.machine.cuda, self.machine.device
         if case is None:
             return
-        attend = entry.attend(self.settings.kernel)
+        attend = entry.bound()
         base = torch.cuda.memory_allocated(device) if cuda else 0
 
         def count(step: str, call: Callable[[], Any]) -> Any:
@@ -289,8 +330,7 @@ class _Bench:
         for entry in racing:
             calls[entry.name] = _idle
             if entry.case is not None:
-                attend = entry.attend(self.settings.kernel)
-                calls[entry.name] = or_lost(trial.call(attend, entry.case, step))
+                calls[entry.name] = or_lost(trial.call(entry.bound(), entry.case, step))
         for entry in racing:
             if entry.recorder is not None:
                 calls[f"{entry.name} kernels"] = or_lost(partial(entry.recorder.again, step))
@@ -301,8 +341,7 @@ class _Bench:
         """The times and what follows from them."""
         result, shape, step = found[entry.name], self.settings.shape, record["pass"]
         ranks = 1 if entry.strategy == SINGLE else self.settings.world
-        record |= {f"{name}_ms": getattr(result, name) for name in ("median", "p10", "p90", "min")}
-        record |= {"repeats": result.repeats, "relative_ci": result.relative_ci}
+        record |= times(result)
         pairs = record["area"] * shape.batch * shape.heads
         flops = cells.rates(step, result.median, pairs, shape.head_dim)["tflops"]
         record["tflops_per_rank"] = flops / ranks if flops is not None else None
@@ -323,7 +362,7 @@ class _Bench:
             shown |= {"documents": settings.documents, "seed": settings.seed, "count": count}
         same = {name: getattr(shape, name) for name in ("batch", "heads", "kv_heads", "head_dim", "dtype")}
         return {
-            **dict.fromkeys(FIELDS),
+            **dict.fromkeys(settings.fields),
             "schema": cells.SCHEMA,
             "mask": name,
             "parameters": shown,
@@ -341,7 +380,7 @@ class _Bench:
         }
 
     def _record(
-        self, facts: Record, entry: Entry, step: str, mask: masks.AttentionMask, sample: Sample | None
+        self, facts: Record, entry: Entry, step: str, mask: masks.AttentionMask, right: Reference | None
     ) -> Record:
         """What is known but for the times; collective where the cell was measured."""
         status, reason = entry.ended.get(step, ("ok", None))
@@ -361,16 +400,15 @@ class _Bench:
             return record
         names = _RESULTS[:1] if step == "fwd" else _RESULTS
         record |= {f"error_{name}": entry.errors.get(name) for name in names}
-        record["error_samples"] = sample.what if sample is not None else None
+        record["error_samples"] = right.what if right is not None else None
         counted = collectives.all_gather_object((entry.sent.get(step), entry.peaks.get(step)))
         record["peak_memory_note"] = None if self.machine.cuda else _NO_PEAK
         if self.machine.cuda:
             record["peak_memory_gib"] = max(peak for _, peak in counted if peak is not None)
-        if cp is None:
-            return record
-        record["sent_bytes"] = max(sent for sent, _ in counted)
-        record["closed_form_bytes"] = self._closed_form(cp, mask, step)
-        record["imbalance"] = layouts.imbalance(cp.layout, mask)
+        if cp is not None and "sent_bytes" in record:
+            record["sent_bytes"] = max(sent for sent, _ in counted)
+            record["closed_form_bytes"] = self._closed_form(cp, mask, step)
+            record["imbalance"] = layouts.imbalance(cp.layout, mask)
         return record
 
     def _closed_form(self, cp: ContextParallel, mask: masks.AttentionMask, step: str) -> int:
@@ -387,6 +425,13 @@ class _Bench:
             )
             for rank in range(cp.size)
         )
+
+
+def times(taken: timing.Timing) -> Record:
+    """Milliseconds as a record has them."""
+    names = "median", "p10", "p90", "min"
+    found = {f"{name}_ms": getattr(taken, name) for name in names}
+    return {**found, "repeats": taken.repeats, "relative_ci": taken.relative_ci}
 
 
 class _WrongError(Exception):

@@ -1,4 +1,4 @@
-"""How the ranks of `lcab bench cp` meet, share a clock, and end together."""
+"""How the ranks of `lcab bench cp` and `lcab bench peers` meet, share a clock, and end together."""
 
 from __future__ import annotations
 

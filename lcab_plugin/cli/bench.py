@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
 
-from lcab_plugin.cli import bench_cp, output
+from lcab_plugin.cli import bench_cp, bench_peers, output
+from lcab_plugin.cli import bench_options as options
 from lcab_plugin.cli.bench_progress import progress
 from lcab_plugin.cli.parse import integers, names, shape
 from lcab_plugin.errors import LcabError
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Measurements on this machine.", no_args_is_help=True)
 app.command("cp")(bench_cp.bench_cp)
+app.command("peers")(bench_peers.bench_peers)
 
 
 @app.callback()
@@ -56,7 +56,8 @@ def bench_kernels(
     kernels: Annotated[
         str | None,
         typer.Option(
-            help="Kernels, torch_sdpa, torch_sdpa_dense_mask, torch_flex; all kernels but naive if left out."
+            help="Kernels, torch_sdpa, torch_sdpa_dense_mask, torch_flex, torch_flex_autotuned; all kernels "
+            "but naive if left out."
         ),
     ] = None,
     masks: Annotated[str | None, typer.Option(help="Mask families; all twelve if left out.")] = None,
@@ -66,21 +67,14 @@ def bench_kernels(
     passes: Annotated[
         str | None, typer.Option(help="Of fwd, bwd, fwd+bwd; the first two if left out.")
     ] = None,
-    heads: Annotated[
-        str | None, typer.Option(help="Query and key/value heads; 64:8 (8:2 on a CPU) if left out.")
-    ] = None,
-    head_dim: Annotated[int | None, typer.Option(help="128 (64 on a CPU) if left out.")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="bf16, fp16, fp32 or fp64; bf16 (fp32 on a CPU) if left out.")
-    ] = None,
-    batch: Annotated[int, typer.Option(help="Sequences, all under one mask.")] = 1,
-    documents: Annotated[str, typer.Option(help="Corpus that document lengths are sampled like.")] = "pile",
-    seed: Annotated[int, typer.Option(help="Of the documents and the tensors.")] = 0,
+    heads: options.Heads = None,
+    head_dim: options.HeadDim = None,
+    dtype: options.Dtype = None,
+    batch: options.Batch = 1,
+    documents: options.Documents = "pile",
+    seed: options.Seed = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is a GPU.")] = "auto",
-    cell_seconds: Annotated[
-        float | None,
-        typer.Option(help="Running time of one cell at most; 5 (0.5 on a CPU) if left out."),
-    ] = None,
+    cell_seconds: options.CellSeconds = None,
     dense_gib: Annotated[
         float | None, typer.Option(help="Largest [q, k] tensors; what memory is free if left out.")
     ] = None,
@@ -88,10 +82,8 @@ def bench_kernels(
     control: Annotated[
         bool, typer.Option("--control", help="Let causal take its turn with every other mask.")
     ] = False,
-    out: Annotated[
-        Path | None, typer.Option(help="Records, JSON lines; runs/kernels-<time>.jsonl if left out.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Skip what --out holds already.")] = False,
+    out: options.Out = None,
+    resume: options.Resume = False,
     as_json: output.AsJson = False,
 ) -> None:
     """Time kernels x masks x lengths x passes: ms, TFLOP/s over the exact mask area, memory, error to fp64.
@@ -132,12 +124,8 @@ def bench_kernels(
         "seed": seed,
         "shape": shape(start.shape, heads, head_dim, dtype, batch),
     }
-    settings = replace(start, **{name: value for name, value in changes.items() if value is not None})
-    path = out or Path("runs") / time.strftime("kernels-%Y%m%d-%H%M%S.jsonl")
-    if path.suffix == ".csv":
-        raise LcabError(
-            f"--out {path} is for JSON lines, give a name ending in .jsonl; the CSV goes beside it."
-        )
+    settings = options.changed(start, changes)
+    path = options.records_path(out, "kernels")
     records, stopped = _measure(settings, path, resume)
     if as_json:
         output.print_json(records)
@@ -174,7 +162,7 @@ def _print(records: list[Record], settings: Settings) -> None:
     if settings.baseline:
         legend += f"  (time / {settings.baseline}'s)"
     if settings.control or (len(settings.masks) > 1 and "causal" in settings.masks):
-        legend += "  {time per visible pair / causal's}"
+        legend += "  {time per visible pair / causal's, visible pairs / computed ones}"
     typer.echo(legend + "\n")
     ran = [name for name in settings.contenders if any(_ok(r) and r["kernel"] == name for r in records)]
     for seqlen in sorted({record["seqlen"] for record in records}):
@@ -202,7 +190,8 @@ def _cell(record: Record | None) -> Text:
     if record["ratio"] is not None:
         shown += f"  ({record['ratio']:.3f})"
     if record["relative_to_causal"] is not None and record["mask"] != "causal":
-        shown += f"  {{{record['relative_to_causal']:.2f}}}"
+        useful = f", {record['area'] / record['computed']:.0%}" if record["computed"] else ""
+        shown += f"  {{{record['relative_to_causal']:.2f}{useful}}}"
     return Text(shown)
 
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
 
+from lcab_plugin.cli import bench_options as options
 from lcab_plugin.cli import output
 from lcab_plugin.cli.bench_progress import progress
 from lcab_plugin.cli.parse import integers, names, shape
-from lcab_plugin.errors import LcabError
 
 if TYPE_CHECKING:
     from lcab_plugin.bench.cells import Record
@@ -39,9 +37,7 @@ _COLUMNS = [
 
 
 def bench_cp(
-    strategies: Annotated[
-        str | None, typer.Option(help="Strategies, or Megatron's words for them; all if left out.")
-    ] = None,
+    strategies: options.Strategies = None,
     layouts: Annotated[str | None, typer.Option(help="Layouts; zigzag if left out.")] = None,
     masks: Annotated[
         str | None,
@@ -51,40 +47,23 @@ def bench_cp(
         str | None, typer.Option(help="Global lengths; 8192 a GPU (2048 on a CPU) if left out.")
     ] = None,
     passes: Annotated[str | None, typer.Option(help="Of fwd, bwd, fwd+bwd; all if left out.")] = None,
-    world: Annotated[
-        int | None, typer.Option(help="Processes on this machine; its GPUs, or 2, if left out.")
-    ] = None,
-    ulysses: Annotated[
-        int | None, typer.Option(help="Its degree in usp and loongtrain; an even split if left out.")
-    ] = None,
-    placement: Annotated[
-        str | None, typer.Option(help="In usp and loongtrain: head_first if left out, or context_first.")
-    ] = None,
-    kernel: Annotated[str | None, typer.Option(help="Kernel of every rank; sdpa_flash if left out.")] = None,
-    heads: Annotated[
-        str | None, typer.Option(help="Query and key/value heads; 64:8 (8:2 on a CPU) if left out.")
-    ] = None,
-    head_dim: Annotated[int | None, typer.Option(help="128 (64 on a CPU) if left out.")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="bf16, fp16, fp32 or fp64; bf16 (fp32 on a CPU) if left out.")
-    ] = None,
-    batch: Annotated[int, typer.Option(help="Sequences, all under one mask.")] = 1,
-    documents: Annotated[str, typer.Option(help="Corpus that document lengths are sampled like.")] = "pile",
-    seed: Annotated[int, typer.Option(help="Of the documents and the tensors.")] = 0,
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda, or auto: cuda where every process has a GPU.")
-    ] = "auto",
-    cell_seconds: Annotated[
-        float | None,
-        typer.Option(help="Running time of one cell at most; 5 (0.5 on a CPU) if left out."),
-    ] = None,
+    world: options.World = None,
+    ulysses: options.Ulysses = None,
+    placement: options.Placement = None,
+    kernel: options.RankKernel = None,
+    heads: options.Heads = None,
+    head_dim: options.HeadDim = None,
+    dtype: options.Dtype = None,
+    batch: options.Batch = 1,
+    documents: options.Documents = "pile",
+    seed: options.Seed = 0,
+    device: options.RankDevice = "auto",
+    cell_seconds: options.CellSeconds = None,
     baseline: Annotated[
         str, typer.Option(help="single: plain attention on one process takes its turn; none: it does not.")
     ] = "single",
-    timeout: Annotated[float, typer.Option(help="Seconds a collective may take.")] = 600.0,
-    out: Annotated[
-        Path | None, typer.Option(help="Records, JSON lines; runs/cp-<time>.jsonl if left out.")
-    ] = None,
+    timeout: options.Timeout = 600.0,
+    out: options.Out = None,
     as_json: output.AsJson = False,
 ) -> None:
     """Time context-parallel strategies x layouts x masks x lengths x passes on one group of processes.
@@ -120,18 +99,9 @@ def bench_cp(
         "timeout": timeout,
         "shape": shape(start.shape, heads, head_dim, dtype, batch),
     }
-    settings = replace(start, **{name: value for name, value in changes.items() if value is not None})
-    path = out or Path("runs") / time.strftime("cp-%Y%m%d-%H%M%S.jsonl")
-    if path.suffix == ".csv":
-        raise LcabError(
-            f"--out {path} is for JSON lines, give a name ending in .jsonl; the CSV goes beside it."
-        )
-    records: list[Record] | None
-    if cp_launch.launched_world(os.environ) is not None:
-        records = cp_launch.take_part(settings, path)
-    else:
-        with progress(settings, path) as (watch, done):
-            records = cp_launch.measure(settings, path, watch, done)
+    settings = options.changed(start, changes)
+    path = options.records_path(out, "cp")
+    records = measured(settings, path)
     if records is None:
         return
     if as_json:
@@ -139,6 +109,16 @@ def bench_cp(
     else:
         _print(records, settings)
         typer.echo(f"\nRecords: {path} and {path.with_suffix('.csv')}")
+
+
+def measured(settings: Settings, path: Path) -> list[Record] | None:
+    """What was measured: on ranks started here, or as one of torchrun's (None on all but the first)."""
+    from lcab_plugin.bench import cp_launch
+
+    if cp_launch.launched_world(os.environ) is not None:
+        return cp_launch.take_part(settings, path)
+    with progress(settings, path) as (watch, done):
+        return cp_launch.measure(settings, path, watch, done)
 
 
 def _print(records: list[Record], settings: Settings) -> None:
@@ -151,7 +131,7 @@ def _print(records: list[Record], settings: Settings) -> None:
     for mask, seqlen in settings.groups:
         for step in settings.passes:
             here = [r for r in records if (r["mask"], r["seqlen"], r["pass"]) == (mask, seqlen, step)]
-            order = {row: i for i, row in enumerate(settings.rows)}
+            order = {row: i for i, row in enumerate(settings.rows(mask))}
             here.sort(key=lambda r: order[r["strategy"], r["layout"]])
             title = f"{mask}, {seqlen} tokens, {step}"
             output.show(output.table(title, _COLUMNS, map(_row, here)))

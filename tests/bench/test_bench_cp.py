@@ -77,9 +77,9 @@ def test_settings_reach_the_ranks_whole() -> None:
 
 
 def test_every_strategy_takes_part_by_default() -> None:
-    assert {strategy for strategy, _ in TINY.rows} == {SINGLE, *cp.AXES} - {"none"}
-    assert TINY.rows[0] == (SINGLE, None)
-    assert all(strategy != SINGLE for strategy, _ in replace(TINY, baseline="none").rows)
+    assert {strategy for strategy, _ in TINY.rows("causal")} == {SINGLE, *cp.AXES} - {"none"}
+    assert TINY.rows("causal")[0] == (SINGLE, None)
+    assert all(strategy != SINGLE for strategy, _ in replace(TINY, baseline="none").rows("causal"))
 
 
 def test_degrees_split_the_world_evenly() -> None:

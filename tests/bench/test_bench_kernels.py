@@ -380,7 +380,8 @@ def test_the_command_prints_a_table_and_the_reasons(lcab: Lcab, path: Path) -> N
     words = ("--kernels", "sdpa_flash,elsewhere", "--masks", "full,causal", "--baseline", "torch_sdpa")
     status, out, err = lcab(*TINY, *words, "--passes", "fwd", "--out", str(path))
     assert status == 0, err
-    assert out.startswith("ms  TFLOP/s  (time / torch_sdpa's)  {time per visible pair / causal's}\n")
+    legend = "{time per visible pair / causal's, visible pairs / computed ones}"
+    assert out.startswith(f"ms  TFLOP/s  (time / torch_sdpa's)  {legend}\n")
     assert "64 tokens, fwd" in out
     causal = next(line for line in out.splitlines() if line.startswith(" causal"))
     assert "(1.000)" in causal
