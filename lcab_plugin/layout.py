@@ -100,6 +100,37 @@ def zigzag(seqlen: int, ranks: int) -> Layout:
     return Layout("zigzag", seqlen, tuple(_ascending(pair) for pair in pairs))
 
 
+def zigzag_documents(edges: tuple[int, ...], ranks: int) -> Layout:
+    """Each document ``[edges[i], edges[i + 1])`` in zigzag by itself: a rank holds its two chunks of the
+    first, then of the second, and so on (Megatron-core and TransformerEngine, packed ``thd`` batches).
+
+    Raises:
+        LcabError: ``edges`` do not ascend from 0, or a document does not divide into ``2 * ranks`` chunks.
+    """
+    if len(edges) < 2 or edges[0] != 0 or any(b < a for a, b in pairwise(edges)) or not edges[-1]:
+        raise LcabError(f"document boundaries must ascend from 0 to the number of tokens, unlike {edges}")
+    uneven = [] if ranks == 1 else [b - a for a, b in pairwise(edges) if (b - a) % (2 * ranks)]
+    if uneven:
+        raise LcabError(
+            f"a document of {uneven[0]} tokens does not divide into the {2 * ranks} chunks of {ranks} "
+            f"context-parallel ranks; pad every document to a multiple of {2 * ranks} tokens"
+        )
+    return _zigzag_documents(edges, ranks)
+
+
+@lru_cache(maxsize=64)
+def _zigzag_documents(edges: tuple[int, ...], ranks: int) -> Layout:
+    held: list[list[range]] = [[] for _ in range(ranks)]
+    for start, end in pairwise(edges):
+        chunk = (end - start) // (2 * ranks)
+        for rank, own in enumerate(held) if chunk else ():
+            own.append(range(start + rank * chunk, start + (rank + 1) * chunk))
+            own.append(range(end - (rank + 1) * chunk, end - rank * chunk))
+    if ranks == 1:
+        held = [[range(edges[-1])]]
+    return Layout("zigzag per document", edges[-1], tuple(_ascending(own) for own in held))
+
+
 def striped(seqlen: int, ranks: int, chunk: int | None = None) -> Layout:
     """Chunk i goes to rank ``i % ranks`` (Striped Attention, arXiv 2311.09431, deals single tokens)."""
     edges = _edges(seqlen, ranks, chunk)

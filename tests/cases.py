@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -57,15 +58,25 @@ def enlarged(factor: int) -> dict[str, AttentionMask]:
 
 
 def inputs(
-    tq: int, tk: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, batch: int = 2, seed: int = 0
+    tq: int,
+    tk: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    dtype: torch.dtype,
+    batch: int = 2,
+    seed: int = 0,
+    *,
+    value_dim: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v and dout."""
+    """q, k, v and dout; v and dout have ``value_dim``, the others' where it is left out."""
     g = torch.Generator().manual_seed(seed)
 
-    def draw(t: int, h: int) -> Tensor:
-        return torch.randn(batch, t, h, dim, generator=g, dtype=torch.float64).to(dtype)
+    def draw(t: int, h: int, d: int) -> Tensor:
+        return torch.randn(batch, t, h, d, generator=g, dtype=torch.float64).to(dtype)
 
-    return draw(tq, heads), draw(tk, kv_heads), draw(tk, kv_heads), draw(tq, heads)
+    value = dim if value_dim is None else value_dim
+    return draw(tq, heads, dim), draw(tk, kv_heads, dim), draw(tk, kv_heads, value), draw(tq, heads, value)
 
 
 def reference(
@@ -176,24 +187,37 @@ class Expected:
     plain: dict[str, Tensor]
     sizes: dict[str, Tensor]
 
-    def problems(self, got: dict[str, Tensor]) -> list[str]:
-        """What exceeds twice the error of eager attention and a few ulp, as a whole or in one row, in words.
+    @cached_property
+    def limits(self) -> dict[str, tuple[float, float]]:
+        """The error each tensor may have as a whole, and in one row: twice eager attention's and a few ulp.
 
         float64 has no yardstick to be measured by: there the formula must come out.
         """
         dtype = self.plain["out"].dtype
-        budgets = errors(self.plain, self.want), row_errors(self.plain, self.want, self.sizes)
+        if dtype == torch.float64:
+            return dict.fromkeys(self.want, (1e-12, 1e-12))
         ulp = torch.finfo(dtype).eps
         ulps = (8 * ulp, 4 * ulp) if dtype == torch.float32 else (4 * ulp, ulp)
-        found = []
-        for name in got:
-            one = {name: got[name]}
-            measured = errors(one, self.want), row_errors(one, self.want, self.sizes)
-            for what, error, budget, slack in zip(("", " by row"), measured, budgets, ulps, strict=True):
-                limit = 1e-12 if dtype == torch.float64 else 2 * budget[name] + slack
-                if not error[name] <= limit:
-                    found.append(f"{name}{what}: {error[name]:.2e} over {limit:.2e}")
-        return found
+        whole, row = errors(self.plain, self.want), row_errors(self.plain, self.want, self.sizes)
+        return {name: (2 * whole[name] + ulps[0], 2 * row[name] + ulps[1]) for name in self.want}
+
+    def problems(self, got: dict[str, Tensor]) -> list[str]:
+        """What exceeds its limit, as a whole or in one row, in words."""
+        measured = errors(got, self.want), row_errors(got, self.want, self.sizes)
+        return [
+            f"{name}{what}: {error[name]:.2e} over {limit:.2e}"
+            for name in got
+            for what, error, limit in zip(("", " by row"), measured, self.limits[name], strict=True)
+            if not error[name] <= limit
+        ]
+
+    def problems_of_rows(self, got: dict[str, Tensor], positions: Tensor) -> list[str]:
+        """``problems`` where ``got`` has only the tokens at ``positions``; the limits are the whole's."""
+        whole = {}
+        for name, rows in got.items():
+            right = self.want[name].detach().double()
+            whole[name] = right.index_copy(2 if name == "lse" else 1, positions, rows.detach().double())
+        return self.problems(whole)
 
     def last(self, rows: int) -> Expected:
         """Of the last ``rows`` tokens only."""

@@ -218,6 +218,8 @@ class Bench:
         ending: Ending | None = None
         try:
             action()
+        except collectives.TransferError as error:
+            raise RankLostError(f"{type(error).__name__}: {error}") from error
         except LcabError as error:
             ending = "unsupported", str(error).strip().splitlines()[0]
         except _CappedError as error:

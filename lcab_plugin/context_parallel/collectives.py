@@ -2,6 +2,15 @@
 
 Buffers are made contiguous before any ``empty_like``: gloo fills an output of permuted strides wrongly and
 without a word, and the mistake shows only in gradients.
+
+Nothing here makes the host wait for a GPU: under NCCL ``wait`` orders the current stream behind the
+transfer and returns. Tensors of a transfer under way are referenced until then: the allocator hands freed
+memory to the stream it came from at once, and that stream, not yet behind the transfer, would write where
+NCCL still reads. After ``wait`` whatever is enqueued comes later, so that memory may be freed or written
+without an event or ``record_stream`` (which keeps it from being used again until the host has looked).
+
+A transfer that does not end raises :class:`TransferError` on gloo, where ``wait`` blocks. On NCCL torch's
+watchdog ends the process after the group's timeout, and names the group by its description.
 """
 
 from __future__ import annotations
@@ -9,7 +18,8 @@ from __future__ import annotations
 import atexit
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
@@ -24,6 +34,29 @@ Group = dist.ProcessGroup
 T = TypeVar("T")
 
 _sent: Counter[str] = Counter()
+
+
+class TransferError(LcabError):
+    """A collective or transfer that did not end: a rank died or stalled. No rank can go on from it."""
+
+
+@contextmanager
+def _ends(what: Callable[[], str]) -> Iterator[None]:
+    """Where torch gives up inside, raise what it was doing; ``what`` is called only then."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        told = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise TransferError(
+            f"{what()} did not end on rank {rank()}: a rank died, stalled, or was slower than the group's "
+            f"timeout; see the log of the rank that stopped first, or raise the timeout ({told})"
+        ) from error
+
+
+def _over(group: Group | None) -> str:
+    return f"ranks {', '.join(map(str, global_ranks(group)))}"
 
 
 def bytes_sent() -> dict[str, int]:
@@ -101,14 +134,15 @@ def global_ranks(group: Group | None = None) -> list[int]:
     return dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
 
 
-def new_groups(members: Sequence[Sequence[int]]) -> Group:
+def new_groups(members: Sequence[Sequence[int]], purpose: str = "context parallel") -> Group:
     """Make one group per list of world ranks, all ranks in the same order; returns the one with this rank.
 
     Collective over the world. Every rank must pass the same lists, and be in exactly one of them.
+    ``purpose``: what torch's messages about a group call it.
     """
-    mine = None
+    mine, timeout = None, _timeout()
     for ranks in members:
-        group = dist.new_group(list(ranks))
+        group = dist.new_group(list(ranks), timeout=timeout, group_desc=f"lcab_plugin {purpose}")
         if rank() in ranks:
             mine = group
     if mine is None:
@@ -116,17 +150,40 @@ def new_groups(members: Sequence[Sequence[int]]) -> Group:
     return mine
 
 
+def _timeout() -> timedelta | None:
+    """The world's; torch gives later groups its own default instead (30 minutes on gloo). None where a
+    backend does not say."""
+    world: Any = dist.group.WORLD
+    options = [getattr(world._get_backend(kind), "options", None) for kind in world._device_types]
+    known = [getattr(found, "_timeout", None) for found in options]
+    return max((timeout for timeout in known if timeout is not None), default=None)
+
+
+def beside(group: Group | None, purpose: str) -> Group:
+    """A second group of the same ranks, with a communicator of its own (collective over the world)."""
+    return new_groups(sorted({tuple(m) for m in all_gather_object(global_ranks(group))}), purpose)
+
+
+def connect(group: Group | None, device: torch.device) -> None:
+    """Meet once on ``device``. NCCL makes a communicator at its first use, and all ranks must take part in
+    that one, whereas a rank without tokens may have nothing to send in a ring."""
+    with _ends(lambda: f"meeting of {_over(group)}"):
+        dist.all_reduce(torch.zeros(1, device=device), group=group)
+
+
 def barrier(group: Group | None = None) -> None:
     """Wait for every rank of the group."""
     if is_initialized():
-        dist.barrier(group)
+        with _ends(lambda: f"barrier of {_over(group)}"):
+            dist.barrier(group)
 
 
 def all_reduce_sum(x: Tensor, group: Group | None = None) -> Tensor:
     """Sum ``x`` over the group, in place."""
     if world_size(group) > 1:
         _count_all_reduce(x, group)
-        dist.all_reduce(x, group=group)
+        with _ends(lambda: f"sum over {_over(group)}"):
+            dist.all_reduce(x, group=group)
     return x
 
 
@@ -134,7 +191,8 @@ def all_reduce_max(x: Tensor, group: Group | None = None) -> Tensor:
     """Maximum of ``x`` over the group, in place."""
     if world_size(group) > 1:
         _count_all_reduce(x, group)
-        dist.all_reduce(x, op=dist.ReduceOp.MAX, group=group)
+        with _ends(lambda: f"maximum over {_over(group)}"):
+            dist.all_reduce(x, op=dist.ReduceOp.MAX, group=group)
     return x
 
 
@@ -148,7 +206,8 @@ def all_gather_object(value: Any, group: Group | None = None) -> list[Any]:
     if world_size(group) == 1:
         return [value]
     values: list[Any] = [None] * world_size(group)
-    dist.all_gather_object(values, value, group=group)
+    with _ends(lambda: f"handshake of {_over(group)}"):
+        dist.all_gather_object(values, value, group=group)
     return values
 
 
@@ -177,6 +236,8 @@ def together(action: Callable[[], T], group: Group | None = None) -> T:
     problem: LcabError | None = None
     try:
         result = action()
+    except TransferError:
+        raise  # the other ranks cannot be told
     except LcabError as error:
         problem = error
     raise_together(None if problem is None else str(problem), group)
@@ -196,41 +257,85 @@ def raise_together(problem: str | None, group: Group | None = None) -> None:
 
 
 class RingExchange:
-    """Sends tensors to the next rank of a ring while the previous rank's arrive."""
+    """Sends tensors to the next rank of a ring while the previous rank's arrive, ``steps`` times.
 
-    def __init__(self, group: Group) -> None:
+    What arrives lies in one of two sets of buffers in turn, and is good until the next but one ``start``.
+
+    Args:
+        group: the ranks of the ring.
+        what: what travels, in words, and how many ``steps`` it takes: for a message about one that fails.
+        longest: rows (dimension 1) of the longest tensors that will arrive.
+        over: another group of the same ranks to send over. NCCL runs what is sent over one communicator one
+            after another, so that two things that travel at once need two.
+    """
+
+    def __init__(
+        self, group: Group, what: str, steps: int, longest: int, *, over: Group | None = None
+    ) -> None:
         ranks = global_ranks(group)
         at = rank(group)
-        self._group = group
+        self._group, self._over = group, over if over is not None else group
+        self._what, self._steps, self._longest = what, steps, longest
         self._next, self._previous = ranks[(at + 1) % len(ranks)], ranks[at - 1]
+        self._step = 0
+        self._buffers: list[list[Tensor]] = []
         self._works: list[Any] = []
         self._sent: list[Tensor] = []
         self._received: list[Tensor] = []
 
-    def start(self, sends: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> None:
-        """Begin to send ``sends`` and to receive tensors of ``shapes``; returns at once."""
+    def start(self, sends: Sequence[Tensor], rows: int) -> None:
+        """Begin to send ``sends [b, t, ...]`` and to receive as many tensors of ``rows`` rows; returns at
+        once."""
         self._sent = [x.contiguous() for x in sends]
-        self._received = [x.new_empty(tuple(shape)) for x, shape in zip(self._sent, shapes, strict=True)]
+        if len(self._buffers) < 2:
+            self._buffers.append([x.new_empty(_like(x, self._longest).numel()) for x in self._sent])
+        self._received = [
+            buffer[: shape.numel()].view(shape)
+            for buffer, shape in zip(
+                self._buffers[self._step % 2], (_like(x, rows) for x in self._sent), strict=True
+            )
+        ]
+        self._step += 1
         for x in self._sent:
             _count("ring", x.numel(), x)
-        ops = [dist.P2POp(dist.isend, x, self._next, self._group) for x in self._sent if x.numel()]
-        ops += [dist.P2POp(dist.irecv, x, self._previous, self._group) for x in self._received if x.numel()]
-        self._works = dist.batch_isend_irecv(ops) if ops else []
+        ops = [dist.P2POp(dist.irecv, x, self._previous, self._over) for x in self._received if x.numel()]
+        ops += [dist.P2POp(dist.isend, x, self._next, self._over) for x in self._sent if x.numel()]
+        with _ends(self._doing):
+            self._works = dist.batch_isend_irecv(ops) if ops else []
 
     def wait(self) -> list[Tensor]:
         """The previous rank's tensors; what was sent may be reused."""
-        for work in self._works:
-            work.wait()
+        with _ends(self._doing):
+            for work in self._works:
+                work.wait()
         received = self._received
         self._works, self._sent, self._received = [], [], []
         return received
 
+    def _doing(self) -> str:
+        return (
+            f"ring exchange of {self._what}, step {self._step} of {self._steps}, from rank "
+            f"{self._previous} (and to rank {self._next}),"
+        )
+
+
+def _like(x: Tensor, rows: int) -> torch.Size:
+    """The shape of ``x`` with another number of rows."""
+    return torch.Size((x.shape[0], rows, *x.shape[2:]))
+
 
 class AllToAllExchange:
-    """One uneven all-to-all under way, while this rank does something else."""
+    """Uneven all-to-alls, one at a time under way while this rank does something else.
 
-    def __init__(self, group: Group) -> None:
-        self._group = group
+    Args:
+        group: the ranks that take part.
+        what: what travels, in words, and how many ``steps`` it takes: for a message about one that fails.
+        over: another group of the same ranks to send over, as in :class:`RingExchange`.
+    """
+
+    def __init__(self, group: Group, what: str, steps: int, *, over: Group | None = None) -> None:
+        self._group, self._over = group, over if over is not None else group
+        self._what, self._steps, self._step = what, steps, 0
         self._work: Any = None
         self._kept: tuple[Tensor, ...] = ()
 
@@ -242,30 +347,35 @@ class AllToAllExchange:
         """
         received = send.new_empty(sum(receive_sizes))
         self._kept = send, received
+        self._step += 1
         own = send_sizes[rank(self._group)]
         _count("group_cast", send.numel() - own, send)
-        self._work = dist.all_to_all_single(
-            received, send, list(receive_sizes), list(send_sizes), group=self._group, async_op=True
-        )
+        with _ends(self._doing):
+            self._work = dist.all_to_all_single(
+                received, send, list(receive_sizes), list(send_sizes), group=self._over, async_op=True
+            )
 
     def wait(self) -> Tensor:
-        """What arrived, flat, in the order of the ranks. On CUDA the current stream waits and the host does
-        not; both buffers live until then, so that no other work is given their memory before."""
-        self._work.wait()
+        """What arrived, flat, in the order of the ranks."""
+        with _ends(self._doing):
+            self._work.wait()
         received = self._kept[1]
         self._work, self._kept = None, ()
         return received
 
+    def _doing(self) -> str:
+        return f"group cast of {self._what}, step {self._step} of {self._steps}, over {_over(self._group)}"
 
-def all_to_all(sends: Sequence[Tensor], receive_sizes: Sequence[int], group: Group) -> list[Tensor]:
-    """Send the flat tensor ``sends[i]`` to rank i of the group; returns one flat tensor from every rank.
 
-    ``receive_sizes``: elements expected from each rank. One ``all_to_all_single`` with uneven splits.
-    """
-    packed = torch.cat(list(sends))
+def all_to_all(
+    packed: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], group: Group
+) -> list[Tensor]:
+    """Send the first ``send_sizes[0]`` elements of the flat ``packed`` to rank 0 of the group, the next to
+    rank 1 and so on; returns one flat tensor of ``receive_sizes[i]`` elements from every rank i."""
     received = packed.new_empty(sum(receive_sizes))
-    _count("all_to_all", packed.numel() - sends[rank(group)].numel(), packed)
-    dist.all_to_all_single(received, packed, list(receive_sizes), [x.numel() for x in sends], group=group)
+    _count("all_to_all", packed.numel() - send_sizes[rank(group)], packed)
+    with _ends(lambda: f"all-to-all of {_over(group)}"):
+        dist.all_to_all_single(received, packed, list(receive_sizes), list(send_sizes), group=group)
     return list(received.split(list(receive_sizes)))
 
 
@@ -279,7 +389,8 @@ def all_gather(x: Tensor, group: Group) -> Tensor:
     size = world_size(group)
     _count("all_gather", (size - 1) * x.numel(), x)
     out = x.new_empty(size * x.shape[0], *x.shape[1:])  # gloo insists on ranks joined along dim 0
-    _all_gather(out, x.contiguous(), group=group)
+    with _ends(lambda: f"all-gather of {_over(group)}"):
+        _all_gather(out, x.contiguous(), group=group)
     return out.unflatten(0, (size, x.shape[0]))
 
 
@@ -288,5 +399,6 @@ def reduce_scatter(x: Tensor, group: Group) -> Tensor:
     x = x.contiguous()
     out = x.new_empty(x.shape[1:])
     _count("reduce_scatter", x.numel() - out.numel(), x)
-    _reduce_scatter(out, x.flatten(0, 1), group=group)
+    with _ends(lambda: f"reduce-scatter of {_over(group)}"):
+        _reduce_scatter(out, x.flatten(0, 1), group=group)
     return out

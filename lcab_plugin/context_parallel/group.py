@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lcab_plugin import layout as layouts
 from lcab_plugin.context_parallel import collectives
+from lcab_plugin.context_parallel.gradients import home, with_homes
 from lcab_plugin.context_parallel.group_cast import GroupCast
 from lcab_plugin.context_parallel.ring_all_gather import RingAllGather
 from lcab_plugin.context_parallel.ring_p2p import RingP2P
@@ -54,8 +55,9 @@ def context_parallel(
 ) -> ContextParallel:
     """Split sequences over the ranks of ``group``.
 
-    Collective over the world where a strategy needs subgroups (``usp``, ``loongtrain``) or ``group`` is a
-    DeviceMesh: call it on every rank.
+    Collective over the group, and over the world where groups are made: for ``ring_p2p``, ``usp``,
+    ``loongtrain`` and ``group_cast`` (their gradients travel over groups of their own), and where ``group``
+    is a DeviceMesh. Call it on every rank of the world, with its GPU set as the current device.
 
     Args:
         strategy: ``ulysses``, ``ring_p2p``, ``ring_all_gather``, ``group_cast``, ``usp`` (Ulysses around a
@@ -81,6 +83,10 @@ def context_parallel(
     degrees = resolve_degrees(name, len(members_of(group)), with_mesh(name, group, given, placement))
     whole, axes = build_axes(group, axis_sizes(degrees, placement))
     layouts.require_name(layout)
+    if any(axis.size > 1 for axis in axes.values()):
+        collectives.require_agreement("the context-parallel strategy", (name, list(degrees.items())), whole)
+    if name in _RINGS and _RINGS[name] is not RingAllGather:
+        axes = with_homes(axes, (axis for axis in axes if axis != "ulysses"))
     cp = ContextParallel(name, whole, axes, layout, None, _Handshake())
     return cp if mask is None and seqlen is None else cp.with_layout(mask=mask, seqlen=seqlen)
 
@@ -162,6 +168,12 @@ class ContextParallel:
         if layout is self._layout:
             return self
         return ContextParallel(self.strategy, self.group, self._axes, name, layout, self._handshake)
+
+    def holding(self, layout: Layout) -> ContextParallel:
+        """The same process groups over a layout made elsewhere, such as zigzag within every document."""
+        if layout is self._layout:
+            return self
+        return ContextParallel(self.strategy, self.group, self._axes, layout.name, layout, self._handshake)
 
     def shard(self, x: Tensor, dim: int = 1) -> Tensor:
         """This rank's rows of ``x``, whose dimension ``dim`` is the whole sequence."""
@@ -258,6 +270,10 @@ class ContextParallel:
             "head_dim, value head_dim": (q.shape[3], v.shape[3]),
         }
         collectives.require_agreement("the attention call", call, self.group)
+        for axis in self._axes.values():
+            for group in (axis.group, home(axis)):
+                if group is not None:
+                    collectives.connect(group, q.device)
         self._handshake.done = True
 
     def _check_own(

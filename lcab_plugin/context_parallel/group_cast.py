@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lcab_plugin.context_parallel.collectives import AllToAllExchange
+from lcab_plugin.context_parallel.gradients import home, sums_for
 from lcab_plugin.context_parallel.topology import Axis
 from lcab_plugin.kernels.contract import KernelOptions, accumulation_dtype
 from lcab_plugin.kernels.merge import RowSum, Softmax
@@ -55,32 +56,32 @@ class GroupCast:
         if not cast.stages:
             self.inner.backward(sums, saved, view, options)
             return
-        home = _Reduce(self.axis, cast.stages, sums)
+        way_home = _Reduce(self.axis, cast.stages, sums)
         own = _zeros(saved.k, saved.v)
         # a part of the own keys hides the first arrival, the other the last gradients' way home
         before, after = _halves(view.layout.rows(view.k_ranks))
         split = sum(map(len, before))
 
-        def block(k: Tensor, v: Tensor, keys: tuple[range, ...], grads: Sequence[Tensor]) -> None:
+        def block(k: Tensor, v: Tensor, keys: tuple[range, ...], grads: Sequence[RowSum]) -> None:
             if keys:
-                parts = sums[0], RowSum.into(grads[0]), RowSum.into(grads[1])
+                parts = sums[0], grads[0], grads[1]
                 here = saved._replace(k=k, v=v)
                 self.inner.backward(parts, here, _Rows(view, keys), options)  # type: ignore[arg-type]
 
         cast.start(0)
-        block(saved.k[:, split:], saved.v[:, split:], after, [x[:, split:] for x in own])
+        block(saved.k[:, split:], saved.v[:, split:], after, [RowSum.into(x[:, split:]) for x in own])
         for i, stage in enumerate(cast.stages):
             k, v = cast.wait(i)
             cast.start(i + 1)
-            grads = _zeros(k, v)
+            grads = sums_for(k, v)
             block(k, v, stage.keys, grads)
             if i > 0:
-                home.wait(i - 1)
-            home.start(i, grads)
-        block(saved.k[:, :split], saved.v[:, :split], before, [x[:, :split] for x in own])
+                way_home.wait(i - 1)
+            way_home.start(i, [grad.result() for grad in grads])
+        block(saved.k[:, :split], saved.v[:, :split], before, [RowSum.into(x[:, :split]) for x in own])
         for total, grad in zip(sums[1:], own, strict=True):
             total.add(range(grad.shape[1]), grad)
-        home.wait(len(cast.stages) - 1)
+        way_home.wait(len(cast.stages) - 1)
 
 
 def _zeros(*like: Tensor) -> list[Tensor]:
@@ -131,7 +132,9 @@ class _Cast:
 
     def __init__(self, axis: Axis, stages: tuple[Stage, ...], k: Tensor, v: Tensor) -> None:
         self.stages, self._tensors = stages, (k, v)
-        self._exchange = AllToAllExchange(axis.group) if stages and axis.group is not None else None
+        self._exchange: AllToAllExchange | None = None
+        if stages and axis.group is not None:
+            self._exchange = AllToAllExchange(axis.group, "keys and values", len(stages))
 
     def start(self, i: int) -> None:
         if self._exchange is not None and i < len(self.stages):
@@ -164,7 +167,9 @@ class _Reduce:
 
     def __init__(self, axis: Axis, stages: tuple[Stage, ...], sums: Sums) -> None:
         self._stages, self._totals = stages, sums[1:]
-        self._exchange = AllToAllExchange(axis.group) if stages and axis.group is not None else None
+        self._exchange: AllToAllExchange | None = None
+        if stages and axis.group is not None:
+            self._exchange = AllToAllExchange(axis.group, "gradients", len(stages), over=home(axis))
         self._grads: Sequence[Tensor] = ()
 
     def start(self, i: int, grads: Sequence[Tensor]) -> None:

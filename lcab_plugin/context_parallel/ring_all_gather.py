@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from lcab_plugin.context_parallel import collectives
+from lcab_plugin.context_parallel.gradients import sums_for
 from lcab_plugin.context_parallel.topology import Axis
-from lcab_plugin.kernels.contract import KernelOptions, accumulation_dtype
-from lcab_plugin.kernels.merge import RowSum, Softmax
+from lcab_plugin.kernels.contract import KernelOptions
+from lcab_plugin.kernels.merge import Softmax
 from lcab_plugin.layout import Layout, View
 from lcab_plugin.operation import Operation, Saved, Sums
 
@@ -33,12 +34,11 @@ class RingAllGather:
 
     def backward(self, sums: Sums, saved: Saved, view: View, options: KernelOptions) -> None:
         k, v = self._gather(saved.k, view), self._gather(saved.v, view)
-        dtype = accumulation_dtype(k.dtype)
-        grads = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (k, v)]
-        parts = RowSum.into(grads[0]), RowSum.into(grads[1])
-        self.inner.backward((sums[0], *parts), saved._replace(k=k, v=v), self.axis.all_keys(view), options)
-        for total, grad in zip(sums[1:], grads, strict=True):
-            own = self._reduce_scatter(grad, view)
+        dk, dv = sums_for(k, v)
+        here = saved._replace(k=k, v=v)
+        self.inner.backward((sums[0], dk, dv), here, self.axis.all_keys(view), options)
+        for total, grad in zip(sums[1:], (dk, dv), strict=True):
+            own = self._reduce_scatter(grad.result(), view)
             total.add(range(own.shape[1]), own)
 
     def _gather(self, x: Tensor, view: View) -> Tensor:

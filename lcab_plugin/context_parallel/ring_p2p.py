@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from lcab_plugin.context_parallel.collectives import RingExchange
+from lcab_plugin.context_parallel.collectives import Group, RingExchange
+from lcab_plugin.context_parallel.gradients import home, sums_for
 from lcab_plugin.context_parallel.topology import Axis
-from lcab_plugin.kernels.contract import KernelOptions, accumulation_dtype
-from lcab_plugin.kernels.merge import RowSum, Softmax
+from lcab_plugin.kernels.contract import KernelOptions
+from lcab_plugin.kernels.merge import Softmax
 from lcab_plugin.layout import View
 from lcab_plugin.operation import Operation, Saved, Sums
 
 
 class RingP2P:
-    """A ring along ``axis`` around ``inner``. Memory is O(own shard): two K/V blocks live at a time."""
+    """A ring along ``axis`` around ``inner``. Memory is O(own shard): two K/V blocks live at a time, and in
+    backward two blocks of float32 gradients beside the kernel's own."""
 
     def __init__(self, inner: Operation, axis: Axis) -> None:
         self.inner, self.axis = inner, axis
@@ -22,57 +23,57 @@ class RingP2P:
     def forward(
         self, total: Softmax, q: Tensor, k: Tensor, v: Tensor, view: View, options: KernelOptions
     ) -> None:
-        travel = _Travel(self.axis, view)
-        for step in range(self.axis.size):
-            travel.start_keys(step, k, v)
-            self.inner.forward(total, q, k, v, travel.view(step), options)
-            k, v = travel.wait_keys(step, k, v)
+        if self.axis.size == 1:
+            self.inner.forward(total, q, k, v, view, options)
+            return
+        ring = _Ring(self.axis, view)
+        keys = ring.exchange("keys and values", ring.size - 1)
+        for step in range(ring.size):
+            if step < ring.size - 1:
+                keys.start((k, v), ring.rows(step + 1))
+            self.inner.forward(total, q, k, v, ring.view(step), options)
+            if step < ring.size - 1:
+                k, v = keys.wait()
 
     def backward(self, sums: Sums, saved: Saved, view: View, options: KernelOptions) -> None:
-        travel = _Travel(self.axis, view)
+        if self.axis.size == 1:
+            self.inner.backward(sums, saved, view, options)
+            return
+        ring = _Ring(self.axis, view)
+        keys = ring.exchange("keys and values", ring.size - 1)
+        way_home = ring.exchange("their gradients", ring.size, home(self.axis))
         k, v = saved.k, saved.v
-        home = RingExchange(self.axis.group) if self.axis.group is not None else None
-        dtype = accumulation_dtype(k.dtype)
-        for step in range(self.axis.size):
-            travel.start_keys(step, k, v)
-            block = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (k, v)]
-            parts = RowSum.into(block[0]), RowSum.into(block[1])
-            self.inner.backward((sums[0], *parts), saved._replace(k=k, v=v), travel.view(step), options)
-            if home is not None and self.axis.size > 1:
-                # a block's gradient follows it around the ring, one step behind, while the next is computed
-                if step > 0:
-                    for mine, arrived in zip(block, home.wait(), strict=True):
-                        mine += arrived
-                home.start(block, [travel.shape(step + 1, x) for x in block])
-            k, v = travel.wait_keys(step, k, v)
-        if home is not None and self.axis.size > 1:
-            block = home.wait()
-        for total, grad in zip(sums[1:], block, strict=True):
+        for step in range(ring.size):
+            if step < ring.size - 1:
+                keys.start((k, v), ring.rows(step + 1))
+            dk, dv = sums_for(k, v)
+            here = saved._replace(k=k, v=v)
+            self.inner.backward((sums[0], dk, dv), here, ring.view(step), options)
+            # a block's gradient follows it around the ring, one step behind, while the next is computed
+            block = [dk.result(), dv.result()]
+            if step > 0:
+                block = [x.add_(own) for x, own in zip(way_home.wait(), block, strict=True)]
+            way_home.start(block, ring.rows(step + 1))
+            if step < ring.size - 1:
+                k, v = keys.wait()
+        for total, grad in zip(sums[1:], way_home.wait(), strict=True):
             total.add(range(grad.shape[1]), grad)
 
 
-class _Travel:
-    """Keys and values on their way round: at step s this rank holds those of the rank s places before it."""
+class _Ring:
+    """Who holds which keys when: at step s this rank has those of the rank s places before it."""
 
     def __init__(self, axis: Axis, view: View) -> None:
+        self.size, self._axis = axis.size, axis
         self._views = [axis.keys_from(view, (axis.index - s) % axis.size) for s in range(axis.size + 1)]
-        self._last = axis.size - 1
-        self._exchange = RingExchange(axis.group) if axis.size > 1 and axis.group is not None else None
+        self._rows = [sum(map(view.layout.length, at.k_ranks)) for at in self._views]
 
     def view(self, step: int) -> View:
         return self._views[step]
 
-    def shape(self, step: int, x: Tensor) -> tuple[int, ...]:
-        """The shape of a tensor like ``x`` for the keys of ``step``."""
-        view = self._views[step]
-        return (x.shape[0], sum(view.layout.length(r) for r in view.k_ranks), *x.shape[2:])
+    def rows(self, step: int) -> int:
+        return self._rows[step]
 
-    def start_keys(self, step: int, k: Tensor, v: Tensor) -> None:
-        if self._exchange is not None and step < self._last:
-            self._exchange.start((k, v), [self.shape(step + 1, x) for x in (k, v)])
-
-    def wait_keys(self, step: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if self._exchange is None or step == self._last:
-            return k, v
-        k, v = self._exchange.wait()
-        return k, v
+    def exchange(self, what: str, steps: int, over: Group | None = None) -> RingExchange:
+        assert self._axis.group is not None
+        return RingExchange(self._axis.group, what, steps, max(self._rows), over=over)

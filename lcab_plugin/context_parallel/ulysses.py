@@ -80,8 +80,7 @@ class HeadExchange:
         """Scatter heads, gather tokens; one all-to-all for all tensors."""
         per_tensor = [self.slices(x.shape[2]) for x in tensors]
         sends = [
-            torch.cat([x[:, :, s[i]].flatten() for x, s in zip(tensors, per_tensor, strict=True)])
-            for i in range(self.axis.size)
+            [x[:, :, s[i]] for x, s in zip(tensors, per_tensor, strict=True)] for i in range(self.axis.size)
         ]
         own = [_count(s[self.axis.index]) for s in per_tensor]
         shapes = [
@@ -94,7 +93,7 @@ class HeadExchange:
         """The transpose: gather heads, scatter tokens. ``heads`` are the tensors' total heads; what several
         ranks hold of one key/value head is added up."""
         parts = [self._unsorted(x).split(self.tokens, 1) for x in tensors]
-        sends = [torch.cat([p[i].flatten() for p in parts]) for i in range(self.axis.size)]
+        sends = [[p[i] for p in parts] for i in range(self.axis.size)]
         own = self.tokens[self.axis.index]
         per_tensor = [self.slices(total) for total in heads]
         shapes = [
@@ -119,11 +118,17 @@ class HeadExchange:
         return out.to(first.dtype)
 
     def _exchange(
-        self, sends: list[Tensor], shapes: Sequence[Sequence[tuple[int, ...]]]
+        self, sends: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[tuple[int, ...]]]
     ) -> list[list[Tensor]]:
-        """Flat buffers to every rank; returns the tensors of those shapes from every rank."""
+        """Tensors to every rank; returns those of the given shapes from every rank."""
+        sizes = [[x.numel() for x in per_rank] for per_rank in sends]
+        packed = sends[0][0].new_empty(sum(map(sum, sizes)))
+        at = 0
+        for x in (x for per_rank in sends for x in per_rank):  # a slice of heads is copied once, to its place
+            packed[at : at + x.numel()].view(x.shape).copy_(x)
+            at += x.numel()
         numels = [[torch.Size(shape).numel() for shape in per_rank] for per_rank in shapes]
-        flat = collectives.all_to_all(sends, [sum(n) for n in numels], self.group)
+        flat = collectives.all_to_all(packed, list(map(sum, sizes)), list(map(sum, numels)), self.group)
         return [
             [x.view(shape) for x, shape in zip(buffer.split(n), per_rank, strict=True)]
             for buffer, n, per_rank in zip(flat, numels, shapes, strict=True)

@@ -1,60 +1,121 @@
-"""Every mask x strategy x layout x GQA ratio on 1, 2 and 4 gloo processes equals the fp64 result of one."""
+"""Masks x strategies as composed x layouts x degrees x shapes on real processes equal the fp64 reference of
+one, forward and backward: every cell of ``cp_cells``, many in one launch.
+
+    pytest tests/context_parallel/test_conformance.py                      gloo on 1, 2 and 4 processes
+    pytest tests/context_parallel/test_conformance.py --nightly            all degrees, and 8 processes
+    pytest tests/context_parallel/test_conformance.py --cp-device cuda     NCCL, a GPU per process
+
+On GPUs the cells are judged in float64 with ``naive`` and in float32 and bfloat16 with ``triton``, by the
+same error budget; degrees that need more GPUs than there are, are skipped by name.
+"""
 
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 
 import pytest
 import torch
-from cases import errors, inputs, reference, twelve
+import torch.distributed as dist
+from cp_cells import (
+    CUDA_PRECISIONS,
+    MASKS,
+    PRECISIONS,
+    REFUSED,
+    SHAPES_EACH,
+    Cell,
+    cells,
+    compositions,
+    run_cell,
+    run_few_tokens,
+    shapes,
+)
 from distributed import run
 
-import lcab_plugin as lcab
+from lcab_plugin import masks
+from lcab_plugin.context_parallel import AXES
+from lcab_plugin.context_parallel.ulysses import fits
 from lcab_plugin.layout import LAYOUTS
 
-DEGREES = {
-    "ulysses": lambda world: {},
-    "ring_p2p": lambda world: {},
-    "ring_all_gather": lambda world: {},
-    "usp": lambda world: {"ulysses": min(2, world)},
-    "loongtrain": lambda world: {"ulysses": 1, "inner_ring": min(2, world)},
-    "group_cast": lambda world: {},
-}
-HEADS = [(4, 4), (8, 2), (4, 1)]  # kv heads fewer than the Ulysses degree included
+
+def conformance(rank: int, world: int, tier: str, device: str) -> Counter[Cell]:
+    """How often each cell ran. A wrong one fails the launch at its end, on every rank and in words."""
+    ran: Counter[Cell] = Counter()
+    wrong: list[str] = []
+    for cell in cells(world, tier, device):
+        try:
+            wrong += [f"rank {rank}: {cell}: {problem}" for problem in run_cell(cell, world, device)]
+        except Exception as error:
+            raise AssertionError(f"rank {rank} of {world}: {cell}") from error
+        ran[cell] += 1
+    wrong += [f"rank {rank}: {problem}" for problem in run_few_tokens(world, device)]
+    everyone: list[list[str]] = [[]] * world
+    dist.all_gather_object(everyone, wrong)
+    found = list(itertools.chain(*everyone))
+    assert not found, f"{len(found)} problems, first:\n" + "\n".join(found[:20])
+    return ran
 
 
-def conformance(rank: int, world: int, kernel: str, n: int, dtype: torch.dtype, tolerance: float) -> None:
-    """``n`` decides how uneven the shards are."""
-    cases = twelve(n)
-    for (heads, kv_heads), (name, mask) in itertools.product(HEADS, cases.items()):
-        x = inputs(n, n, heads, kv_heads, 16, dtype)
-        want = reference(*x, mask)
-        for strategy, layout in itertools.product(DEGREES, LAYOUTS):
-            cp = groups(strategy, world).with_layout(layout, mask=mask)
-            q, k, v = (cp.shard(t, 1).detach().requires_grad_() for t in x[:3])
-            out, lse = lcab.attention(q, k, v, mask, kernel=kernel, cp=cp, return_lse=True)
-            out.backward(cp.shard(x[3], 1))
-            got = {"out": out, "lse": lse, "dq": q.grad, "dk": k.grad, "dv": v.grad}
-            local = {t: cp.shard(y, 2 if t == "lse" else 1) for t, y in want.items()}
-            for tensor, error in errors(got, local).items():
-                assert error < tolerance, (world, strategy, layout, name, (heads, kv_heads), tensor, error)
-            assert errors({"out": cp.unshard(out, 1)}, want)["out"] < tolerance
-
-
-_GROUPS: dict[str, lcab.ContextParallel] = {}
-
-
-def groups(strategy: str, world: int) -> lcab.ContextParallel:
-    if strategy not in _GROUPS:
-        _GROUPS[strategy] = lcab.context_parallel(strategy, **DEGREES[strategy](world))
-    return _GROUPS[strategy]
-
-
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_float64_is_exact(world):
-    run(conformance, world, "naive", 96, torch.float64, 1e-11)
+def check(world: int, tier: str, device: str) -> None:
+    if device == "cuda" and torch.cuda.device_count() < world:
+        pytest.skip(f"{world} processes need {world} GPUs, here are {torch.cuda.device_count()}")
+    every = Counter(cells(world, tier, device))
+    for ran in run(conformance, world, tier, device, device=device):
+        assert ran == every
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_uneven_shards_with_flash(world):
-    run(conformance, world, "sdpa_flash", 101, torch.float32, 2e-5)
+def test_every_mask_strategy_and_layout(world, cp_device):
+    check(world, "default", cp_device)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_every_mask_composition_and_layout(world, cp_device):
+    check(world, "nightly", cp_device)
+
+
+def test_one_process():
+    """Without a process group every strategy is the kernel itself."""
+    for cell in cells(1, "default"):
+        if cell.mask in ("share_question", "islands"):
+            assert not run_cell(cell, 1, "cpu"), str(cell)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_the_tables_are_whole(world, device):
+    """Every builder, strategy and layout is in; any two values of two axes meet in the default tier."""
+    assert set(masks.names()) < set(MASKS)
+    composed = compositions(world)
+    assert set(composed) == set(AXES) - {"none"}
+    names = PRECISIONS if device == "cpu" else CUDA_PRECISIONS
+    axes = {
+        "mask": MASKS,
+        "strategy": tuple(composed),
+        "layout": tuple(LAYOUTS),
+        "shape": tuple(shapes(world)),
+        "precision": tuple(names),
+    }
+    table = [
+        {**cell._asdict(), "strategy": cell.composition.strategy} for cell in cells(world, "default", device)
+    ]
+    assert {(c["mask"], c["strategy"], c["layout"]) for c in table} == set(
+        itertools.product(MASKS, composed, LAYOUTS)
+    )
+    for (a, values), (b, others) in itertools.combinations(axes.items(), 2):
+        missing = set(itertools.product(values, others)) - {(c[a], c[b]) for c in table}
+        assert not missing, f"{a} and {b} never meet in {sorted(missing)}"
+    every = {c for some in composed.values() for c in some}
+    assert {c["composition"] for c in table} == every
+    nightly = Counter((c.mask, c.composition, c.layout) for c in cells(world, "nightly", device))
+    assert set(nightly) == set(itertools.product(MASKS, every, LAYOUTS))
+    assert min(nightly.values()) >= SHAPES_EACH[world]
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_declared_refusals_are_the_heads_that_cannot_be_dealt(world):
+    for name, shape in shapes(world).items():
+        degrees = [d for d in (1, 2, 4, 8) if world % d == 0]
+        refused = {d for d in degrees if not fits(shape.heads, shape.kv_heads, d)}
+        assert refused == {d for d in REFUSED.get(name, ()) if world % d == 0}

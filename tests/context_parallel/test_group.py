@@ -201,6 +201,56 @@ def test_ranks_without_tokens():
     run(fewer_tokens_than_ranks, 4)
 
 
+STRATEGIES = {
+    "ulysses": {},
+    "ring_p2p": {},
+    "ring_all_gather": {},
+    "usp": {"ulysses": 2},
+    "loongtrain": {"ulysses": 1, "inner_ring": 2},
+    "group_cast": {},
+}
+
+
+def repeats_bitwise(rank: int, world: int) -> None:
+    """Two calls by themselves, again, and then both alive at once: no bit differs, whatever was reused."""
+    cases = [
+        (masks.causal(N + 3), inputs(N + 3, N + 3, 4, 2, 32, torch.bfloat16, seed=1), "zigzag"),
+        (masks.sliding_window_causal(N, 30), inputs(N, N, 8, 4, 16, torch.float32, seed=2), "striped"),
+    ]
+    for strategy, given in STRATEGIES.items():
+        group = lcab.context_parallel(strategy, **given)
+
+        def forward(case):
+            mask, x, layout = case
+            cp = group.with_layout(layout, mask=mask)  # noqa: B023
+            leaves = [cp.shard(t, 1).detach().requires_grad_() for t in x[:3]]
+            return lcab.attention(*leaves, mask, cp=cp), leaves, cp.shard(x[3], 1)
+
+        def finished(out, leaves, dout):
+            out.backward(dout)
+            return [out.detach(), *(t.grad for t in leaves)]
+
+        alone = [finished(*forward(case)) for case in cases]
+        again = [finished(*forward(case)) for case in cases]
+        both = [forward(case) for case in cases]
+        alive = [finished(*call) for call in both]
+        for name, found in (("again", again), ("alive", alive)):
+            for one, other in zip(alone, found, strict=True):
+                assert all(map(torch.equal, one, other)), (strategy, name)
+
+
+def inherits_the_timeout(rank: int, world: int) -> None:
+    """Groups made later than the world's have its timeout, not torch's half an hour."""
+    half = collectives.new_groups([[0, 1], [2, 3]])
+    for group in (dist.group.WORLD, half, collectives.beside(half, "test")):
+        assert group._get_backend(torch.device("cpu")).options._timeout.total_seconds() == 120
+    assert collectives.global_ranks(collectives.beside(half, "test")) == collectives.global_ranks(half)
+
+
+def test_runs_repeat_bitwise_and_do_not_share_memory():
+    run(each, 4, (repeats_bitwise, inherits_the_timeout))
+
+
 def unshard_backward(rank: int, world: int) -> None:
     cp = lcab.context_parallel("ring_p2p", seqlen=N)
     x = torch.randn(N, 3, generator=torch.Generator().manual_seed(0))
@@ -375,7 +425,7 @@ def bad_calls(rank: int, world: int) -> None:
     expect("rank 2: this rank holds 16 of 64 tokens", call, rows=3 if rank == 2 else None)
     expect("does not make 4 ranks", lcab.context_parallel, "ring_p2p", ring=3)
     expect("ring=2: inner_ring = 3", lcab.context_parallel, "loongtrain", ulysses=2, inner_ring=3)
-    expect("disagree on the attention call", call, "ring_all_gather" if rank else "ring_p2p")
+    expect("disagree on the context-parallel strategy", call, "ring_all_gather" if rank else "ring_p2p")
     order = ("ulysses", "ring") if rank else ("ring", "ulysses")
     expect("disagree on the context-parallel axes", build_axes, None, dict.fromkeys(order, 2))
     expect("disagree", collectives.require_agreement, "a setting", rank > 2)

@@ -114,8 +114,62 @@ def overlapped(rank: int, world: int) -> None:
     assert events == [*first, *middle, "compute", "wait", "start", "wait"]
 
 
+def clocked(rank: int, world: int, transfer: float) -> None:
+    """A clock that only blocks (1 each) and waits for transfers (``transfer`` each) advance. A group's link
+    carries one transfer at a time: gradients have their own, or they would hold keys up."""
+    now, blocks = 0.0, 0
+    links: dict[object, float] = {}
+    arrivals: dict[object, float] = {}
+    memory: dict[object, set[int]] = {}
+    start, wait = collectives.RingExchange.start, collectives.RingExchange.wait
+
+    def slow_start(self, sends, rows):
+        links[self._over] = arrivals[self] = max(now, links.get(self._over, 0.0)) + transfer
+        start(self, sends, rows)
+
+    def slow_wait(self):
+        nonlocal now
+        now = max(now, arrivals[self])
+        received = wait(self)
+        memory.setdefault(self, set()).update(x.untyped_storage().data_ptr() for x in received)
+        return received
+
+    def block(compute):
+        def timed(*args):
+            nonlocal now, blocks
+            now, blocks = now + 1.0, blocks + 1
+            compute(*args)
+
+        return timed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collectives.RingExchange, "start", slow_start)
+        patch.setattr(collectives.RingExchange, "wait", slow_wait)
+        patch.setattr(Local, "forward", block(Local.forward))
+        patch.setattr(Local, "backward", block(Local.backward))
+        cp = lcab.context_parallel("ring_p2p", seqlen=N + 1)
+        x = inputs(N + 1, N + 1, 4, 2, 16, torch.float32)
+        q, k, v = (cp.shard(t, 1).requires_grad_() for t in x[:3])
+        out = lcab.attention(q, k, v, masks.causal(N + 1), cp=cp)
+        steps = (world - 1) * max(1.0, transfer)  # each hides the transfer or is hidden by it
+        assert (now, blocks, len(links)) == (steps + 1.0, world, 1)
+        now, blocks = 0.0, 0
+        links.clear()
+        out.backward(cp.shard(x[3], 1))
+        # after the last block its gradient goes home, and nothing is left to hide that
+        assert (now, blocks, len(links)) == (steps + 1.0 + transfer, world, 2)
+        # keys and values, forward and backward, and their gradients: two sets of buffers each, in turn
+        assert sorted(map(len, memory.values())) == [4, 4, 4]
+
+
+def ring_times(rank: int, world: int) -> None:
+    for transfer in (0.5, 1.0, 2.0):
+        clocked(rank, world, transfer)
+    overlapped(rank, world)
+
+
 def test_transfers_overlap_the_compute():
-    run(overlapped, 4)
+    run(ring_times, 4)
 
 
 def sums_in_float32(rank: int, world: int) -> None:
