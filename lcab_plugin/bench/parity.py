@@ -1,18 +1,20 @@
 """Does a training run stay the same when its attention is swapped?
 
-Every cell (mask x kernel x strategy x layout) trains the same model on the same data through the same script.
-The baseline of a mask is kernel ``naive`` without context parallelism: data parallel over the same ranks,
-with the same global batch. Compared are the digest of every step's global tokens, every step's loss and
-gradient norm, and every parameter's gradient at step 0: Adam and clipping hide a gradient of the wrong
-scale from the losses.
+Every cell (framework x mask x kernel x strategy x layout) trains the same model on the same data, in a
+framework always through the same script. The baseline of a mask is kernel ``naive`` without context
+parallelism in the first framework: data parallel over the same ranks, with the same global batch.
+
+Compared are the digest of every step's global tokens, every step's loss and gradient norm, and every
+parameter's gradient at step 0: Adam and clipping hide a gradient of the wrong scale from the losses.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from lcab_plugin.training import records
 
 _WARM_UP = 2  # steps left out of the step time
 _DTYPES = ("fp32", "bf16")
+FRAMEWORKS = ("deepspeed", "megatron")
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Cell:
     strategy: str
     layout: str | None = None
     role: str | None = None
+    framework: str = FRAMEWORKS[0]
 
     @property
     def name(self) -> str:
@@ -59,6 +63,7 @@ class Cell:
             self.strategy,
             self.layout,
             "fp32" if self.role == "fp32 baseline" else None,
+            self.framework if self.framework != FRAMEWORKS[0] else None,
         )
         return "-".join(part for part in parts if part)
 
@@ -67,8 +72,8 @@ class Cell:
 class Settings:
     """What all cells have in common."""
 
-    script: Path
-    config: Path  # the DeepSpeed config of all cells; its "lcab" section is overridden by the cell
+    scripts: Mapping[str, Path]  # of each framework
+    config: Path | None  # the DeepSpeed config of its cells; its "lcab" section is overridden by the cell
     out: Path
     world: int = 2
     steps: int = 20
@@ -90,8 +95,11 @@ class Settings:
             raise unknown("dtype", self.dtype, _DTYPES)
         if self.world < 1 or self.steps < 1:
             raise LcabError(f"world = {self.world} and steps = {self.steps} must be at least 1.")
-        if not self.script.is_file():
-            raise LcabError(f"{self.script} does not exist; give the training script with --script.")
+        for script in self.scripts.values():
+            if not script.is_file():
+                raise LcabError(f"{script} does not exist; give the training script with --script.")
+        if self.zero_stage is not None and self.config is None:
+            raise LcabError(f"zero_stage = {self.zero_stage} is DeepSpeed's; leave it out for Megatron.")
 
 
 @dataclass
@@ -124,6 +132,7 @@ def plan(
     mask_names: Sequence[str],
     layouts: Sequence[str],
     dtype: str,
+    frameworks: Sequence[str] = FRAMEWORKS[:1],
 ) -> list[Cell]:
     """The cells in the order in which they run: the baselines of a mask before what is compared with them.
 
@@ -134,6 +143,7 @@ def plan(
         ("kernel", kernel_names, kernels.names()),
         ("mask", mask_names, masks.names()),
         ("layout", layouts, LAYOUTS),
+        ("framework", frameworks, FRAMEWORKS),
     )
     for kind, given, known in tables:
         for name in given:
@@ -141,15 +151,15 @@ def plan(
                 raise unknown(kind, name, known)
     strategies = [strategy_name(name) for name in strategies]
     cells: list[Cell] = []
+    first = frameworks[0]
     for mask in mask_names:
-        cells.append(Cell(mask, "naive", "none", role="baseline"))
+        cells.append(Cell(mask, "naive", "none", role="baseline", framework=first))
         if dtype != "fp32":
-            cells.append(Cell(mask, "naive", "none", role="fp32 baseline"))
-        for kernel in kernel_names:
-            for strategy in strategies:
+            cells.append(Cell(mask, "naive", "none", role="fp32 baseline", framework=first))
+        for framework, kernel, strategy in product(frameworks, kernel_names, strategies):
+            if (framework, kernel, strategy) != (first, "naive", "none"):
                 for layout in [None] if strategy == "none" else layouts:
-                    if (kernel, strategy) != ("naive", "none"):
-                        cells.append(Cell(mask, kernel, strategy, layout))
+                    cells.append(Cell(mask, kernel, strategy, layout, framework=framework))
     return list(dict.fromkeys(cells))
 
 
@@ -180,23 +190,26 @@ def run(
     return results
 
 
-def _write_config(settings: Settings) -> Path:
-    """The DeepSpeed config of all cells, next to their records."""
+def _write_config(settings: Settings) -> Path | None:
+    """The DeepSpeed config of its cells, next to their records; None without DeepSpeed."""
+    settings.out.mkdir(parents=True, exist_ok=True)
+    if settings.config is None:
+        return None
     try:
         config = json.loads(settings.config.read_text())
     except (OSError, ValueError) as error:
         raise LcabError(f"cannot read the DeepSpeed config {settings.config}: {error}") from None
     if settings.zero_stage is not None:
         config["zero_optimization"] = {**config.get("zero_optimization", {}), "stage": settings.zero_stage}
-    settings.out.mkdir(parents=True, exist_ok=True)
     path = settings.out / "ds_config.json"
     path.write_text(json.dumps(config, indent=2) + "\n")
     return path
 
 
-def _train(cell: Cell, settings: Settings, config: Path, watch: Callable[[Cell, int], None]) -> Outcome:
-    flags = {
-        "deepspeed_config": config,
+def _train(
+    cell: Cell, settings: Settings, config: Path | None, watch: Callable[[Cell, int], None]
+) -> Outcome:
+    flags: dict[str, Any] = {
         "preset": settings.preset,
         "steps": settings.steps,
         "seqlen": settings.seqlen,
@@ -208,13 +221,16 @@ def _train(cell: Cell, settings: Settings, config: Path, watch: Callable[[Cell, 
         "seed": settings.seed,
         "kernel": cell.kernel,
         "strategy": cell.strategy,
-        "layout": cell.layout or "contiguous",
         "mask": cell.mask,
         "eval-batches": 0,
         "name": cell.name,
         "out": settings.out,
         "save-gradients": _gradients(cell, settings),
     }
+    if cell.layout is not None:
+        flags["layout"] = cell.layout
+    if cell.framework == "deepspeed":
+        flags["deepspeed_config"] = config
     metrics = settings.out / cell.name / "metrics.jsonl"
 
     def count_steps() -> None:
@@ -222,7 +238,7 @@ def _train(cell: Cell, settings: Settings, config: Path, watch: Callable[[Cell, 
         watch(cell, lines)
 
     return launch(
-        settings.script,
+        settings.scripts[cell.framework],
         [*(str(part) for name, value in flags.items() for part in (f"--{name}", value)), *settings.extra],
         world=settings.world,
         device=settings.device,
@@ -294,6 +310,7 @@ def passed(results: Sequence[Result], strict: bool = False) -> bool:
 
 
 COLUMNS = (
+    "framework",
     "mask",
     "kernel",
     "strategy",
@@ -312,6 +329,7 @@ def row(result: Result) -> tuple[str, ...]:
     """The cells of the table, one for each of COLUMNS."""
     cell, found, times = result.cell, result.deviations, result.step_ms
     return (
+        cell.framework,
         cell.mask,
         cell.kernel,
         cell.strategy,

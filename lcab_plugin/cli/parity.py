@@ -25,10 +25,15 @@ from lcab_plugin.errors import LcabError
 if TYPE_CHECKING:
     from lcab_plugin.bench.parity import Cell, Result, Settings
 
+_SCRIPTS = {"deepspeed": "train_gpt.py", "megatron": "train_gpt_megatron.py"}
 _STYLES = {"pass": "green", "baseline": "cyan", "fp32 baseline": "cyan", "cannot run": "yellow"}
 
 
 def parity(
+    framework: Annotated[
+        str,
+        typer.Option(help="deepspeed, megatron, or both, comma separated: the baseline is in the first."),
+    ] = "deepspeed",
     kernels: Annotated[str, typer.Option(help="Kernels, comma separated.")] = "naive,sdpa_flash",
     strategies: Annotated[str, typer.Option(help="Strategies.")] = "none,ulysses,ring_p2p,ring_all_gather",
     masks: Annotated[str, typer.Option(help="Mask families.")] = "causal_document",
@@ -46,13 +51,15 @@ def parity(
         str, typer.Option(help="uneven (tokens that count differ by rank), or none.")
     ] = "uneven",
     doc_lengths: Annotated[str, typer.Option(help="Corpus that document lengths are sampled like.")] = "pile",
-    zero_stage: Annotated[int | None, typer.Option(help="ZeRO stage; the config's if left out.")] = None,
+    zero_stage: Annotated[
+        int | None, typer.Option(help="DeepSpeed's ZeRO stage; the config's if left out.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
     device: Annotated[
         str, typer.Option(help="cpu, cuda, or auto: cuda where every process has a GPU.")
     ] = "auto",
     script: Annotated[
-        Path | None, typer.Option(help="Training script; examples/train_gpt.py if left out.")
+        Path | None, typer.Option(help="Training script of one framework; that of examples/ if left out.")
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="DeepSpeed config; examples/configs/zero1.json if left out.")
@@ -70,8 +77,8 @@ def parity(
     """Train the same model on the same data with every kernel, strategy and mask, and compare step by step.
 
     Baseline of a mask: kernel naive, strategy none (data parallel over the same processes, same global
-    batch). In fp32 the bounds are fixed; in bf16 they are twice what the baseline itself differs by from the
-    same run in fp32.
+    batch) in the first framework. In fp32 the bounds are fixed; in bf16 they are twice what the baseline
+    itself differs by from the same run in fp32.
 
     Exit status 0 if every cell that ran passes; a cell that cannot run shows its reason and is no failure,
     unless --strict or none at all was compared. 1 if a cell deviates, crashes or hangs, or a baseline is
@@ -79,11 +86,13 @@ def parity(
     """
     from lcab_plugin.bench import parity as bench
 
-    if script is None and importlib.util.find_spec("deepspeed") is None:
-        raise LcabError("the example trains through DeepSpeed: pip install 'lcab-plugin[deepspeed]'")
+    frameworks = _names(framework)
+    cells = bench.plan(_names(kernels), _names(strategies), _names(masks), _names(layouts), dtype, frameworks)
+    if config is None and "deepspeed" in frameworks:
+        config = _example("configs/zero1.json", "--config")
     settings = bench.Settings(
-        script=script or _example("train_gpt.py", "--script"),
-        config=config or _example("configs/zero1.json", "--config"),
+        scripts=_scripts(frameworks, script),
+        config=config,
         out=out or Path("runs") / time.strftime("parity-%Y%m%d-%H%M%S"),
         world=world,
         steps=steps,
@@ -100,7 +109,6 @@ def parity(
         timeout=timeout,
         extra=tuple(extra or ()),
     )
-    cells = bench.plan(_names(kernels), _names(strategies), _names(masks), _names(layouts), dtype)
     results = _run(cells, settings)
     passed = bench.passed(results, strict)
     if as_json:
@@ -110,6 +118,18 @@ def parity(
     else:
         _print(results, settings, passed)
     raise typer.Exit(0 if passed else 1)
+
+
+def _scripts(frameworks: list[str], script: Path | None) -> dict[str, Path]:
+    """The script of each framework."""
+    if script is not None and len(frameworks) > 1:
+        raise LcabError(f"--script {script} is of one framework; give --framework one of them.")
+    if script is not None:
+        return {frameworks[0]: script}
+    for framework in frameworks:
+        if importlib.util.find_spec(framework) is None:
+            raise LcabError(f"the example trains through {framework}: pip install 'lcab-plugin[{framework}]'")
+    return {framework: _example(_SCRIPTS[framework], "--script") for framework in frameworks}
 
 
 def _names(text: str) -> list[str]:

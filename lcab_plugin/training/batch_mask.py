@@ -1,16 +1,38 @@
-"""The attention mask of a packed batch, by the name of its family."""
+"""The attention mask of a packed batch, by the name of its family, and the batches of a step."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lcab_plugin.masks import AttentionMask, from_name, needs_lengths
-from lcab_plugin.training.data import Batch, Ints
+from lcab_plugin.training.data import Batch, Ints, PackedText
+
+
+class Window(NamedTuple):
+    """The micro-batches of one optimizer step that a data-parallel rank reads, whole, with their masks."""
+
+    batches: list[tuple[Batch, AttentionMask]]
+    digests: dict[int, str]
+    area: int  # (query, key) pairs that attend in them
+
+
+def read_window(text: PackedText, family: str, samples: Iterable[list[int]]) -> Window:
+    """The micro-batches of these samples under masks of a family."""
+    batches: list[tuple[Batch, AttentionMask]] = []
+    digests: dict[int, str] = {}
+    area = 0
+    for numbers in samples:
+        batch, mask = with_mask(text.batch(numbers), family)
+        batches.append((batch, mask))
+        digests |= batch.digests
+        area += mask.area * len(batch.tokens)
+    return Window(batches, digests, area)
 
 
 def with_mask(batch: Batch, family: str) -> tuple[Batch, AttentionMask]:

@@ -122,6 +122,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "deepspeed": _version("deepspeed"),
+        "megatron_core": _version("megatron-core"),
         "numpy": _version("numpy"),
         "device": device_name(device),
         "host": platform.node(),

@@ -61,6 +61,7 @@ class Settings:
         """For the first record of a run: what the engine that ``adapters.deepspeed.initialize`` made runs."""
         plugin = engine.lcab
         return {
+            "framework": "deepspeed",
             "attention": plugin.config.to_dict(),
             "kernel_version": kernels.get(plugin.config.kernel).version(),
             "strategy": plugin.cp.describe(),

@@ -36,6 +36,7 @@ if rank == "0":
                       "step_ms": 10.0 * step, "peak_memory_gib": 1.0 + step, "batch_digest": str(step)}
             print(json.dumps(record), file=file)
         print(json.dumps({"type": "end"}), file=file)
+    (folder / "flags.json").write_text(json.dumps(flags))
     torch.save({"weight": torch.ones(3) * (1 + off)}, flags["--save-gradients"])
 elif flags["--mask"] == "causal_blockwise":
     os.abort()
@@ -48,7 +49,13 @@ def run(folder: Path, cells: list[Cell], **changes: Any) -> list[parity.Result]:
     config = folder / "config.json"
     config.write_text(json.dumps({"zero_optimization": {"stage": 1, "reduce_scatter": True}}))
     settings = parity.Settings(
-        **{"script": script, "config": config, "out": folder / "out", "steps": 5, **changes}
+        **{
+            "scripts": dict.fromkeys(parity.FRAMEWORKS, script),
+            "config": config,
+            "out": folder / "out",
+            "steps": 5,
+            **changes,
+        }
     )
     return parity.run(cells, settings)
 
@@ -157,8 +164,28 @@ def test_bad_settings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(LcabError, match="did you mean 'bf16'"):
         run(tmp_path, [], dtype="bf61")
     with pytest.raises(LcabError, match="does not exist; give the training script with --script"):
-        run(tmp_path, [], script=tmp_path / "none.py")
+        run(tmp_path, [], scripts={"megatron": tmp_path / "none.py"})
     with pytest.raises(LcabError, match="cannot read the DeepSpeed config"):
         run(tmp_path, [], config=tmp_path / "none.json")
     with pytest.raises(LcabError, match="must be at least 1"):
         run(tmp_path, [], steps=0)
+    with pytest.raises(LcabError, match="zero_stage = 1 is DeepSpeed's"):
+        run(tmp_path, [], config=None, zero_stage=1)
+
+
+def test_a_second_framework_is_held_to_the_baseline_of_the_first(tmp_path: Path) -> None:
+    cells = parity.plan(["naive"], ["none", "ring_p2p"], ["causal"], ["zigzag"], "fp32", parity.FRAMEWORKS)
+    assert cells == [
+        Cell("causal", "naive", "none", role="baseline"),
+        Cell("causal", "naive", "ring_p2p", "zigzag"),
+        Cell("causal", "naive", "none", framework="megatron"),
+        Cell("causal", "naive", "ring_p2p", "zigzag", framework="megatron"),
+    ]
+    assert len({cell.name for cell in cells}) == 4
+    results = run(tmp_path, cells)
+    assert [r.deviations.loss if r.deviations else None for r in results] == pytest.approx([0, 1e-7, 0, 1e-7])
+    commands = [json.loads((tmp_path / "out" / c.name / "flags.json").read_text()) for c in cells]
+    assert ["--deepspeed_config" in command for command in commands] == [True, True, False, False]
+    assert ["--layout" in command for command in commands] == [False, True, False, True]
+    with pytest.raises(LcabError, match="framework 'megatrn'; did you mean 'megatron'"):
+        parity.plan(["naive"], ["none"], ["causal"], ["zigzag"], "fp32", ["megatrn"])

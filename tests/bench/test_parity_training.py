@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from lcab_plugin.bench import parity
 
 ROOT = Path(__file__).parents[2]
@@ -13,7 +15,7 @@ SMALL = ("--layers", "2", "--hidden", "32", "--heads", "4", "--kv-heads", "2", "
 
 def compare(script: Path, out: Path, kernels: list[str], strategies: list[str]) -> dict[str, parity.Result]:
     settings = parity.Settings(
-        script=script,
+        scripts={"deepspeed": script},
         config=ROOT / "examples" / "configs" / "zero1.json",
         out=out,
         steps=3,
@@ -55,3 +57,30 @@ def test_mistakes_in_a_strategy_fail(tmp_path: Path) -> None:
     assert 0.9 < doubled.grad_norm < 1.1
     for strategy in STRATEGIES:
         assert any("at step 0 deviates" in problem for problem in results[strategy].problems)
+
+
+def test_both_frameworks_train_alike(tmp_path: Path) -> None:
+    """The same weights on the same text: Megatron, alone and under a ring, against DeepSpeed's baseline."""
+    pytest.importorskip("megatron.core")
+    settings = parity.Settings(
+        scripts={
+            "deepspeed": ROOT / "examples/train_gpt.py",
+            "megatron": ROOT / "examples/train_gpt_megatron.py",
+        },
+        config=ROOT / "examples" / "configs" / "zero1.json",
+        out=tmp_path / "out",
+        steps=3,
+        timeout=240,
+        extra=SMALL,
+    )
+    cells = parity.plan(
+        ["naive"], ["none", "ring_p2p"], ["causal_document"], ["zigzag"], "fp32", parity.FRAMEWORKS
+    )
+    cells = [cell for cell in cells if cell.role or cell.framework == "megatron"]
+    results = parity.run(cells, settings)
+    assert parity.passed(results, strict=True), parity.notes(results)
+    for result in results[1:]:
+        assert result.run is not None
+        assert result.run["framework"] == "megatron"
+        assert result.deviations is not None
+        assert result.deviations.loss < 1e-6

@@ -1,0 +1,186 @@
+"""The steps of a run around what a framework does in each: texts, records, display, validation."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from lcab_plugin.context_parallel import collectives
+from lcab_plugin.errors import LcabError
+from lcab_plugin.training.batch_mask import Window
+from lcab_plugin.training.data import PackedText, batch_digest, open_corpus
+from lcab_plugin.training.display import Progress
+from lcab_plugin.training.flops import mfu, peak_flops
+from lcab_plugin.training.gpt import GPTConfig
+from lcab_plugin.training.measure import StepTimer, peak_memory_gib
+from lcab_plugin.training.records import RunLog, device_name, environment
+
+
+class Step(NamedTuple):
+    """What one optimizer step came to."""
+
+    loss: float  # mean of the unmasked tokens of the global batch
+    loss_tokens: int  # their number
+    grad_norm: float  # of the whole gradient, before clipping
+    lr: float
+
+
+class Trainer(Protocol):
+    """A framework's part of a run."""
+
+    device: torch.device
+    parts: tuple[str, ...]  # of a step, timed one by one
+
+    def read(self, step: int) -> Window:
+        """The micro-batches that this rank's data-parallel share of a step holds."""
+
+    def step(self, window: Window, step: int, timer: StepTimer, gradients: Path | None) -> Step:
+        """Train on them; ``gradients``: where to write the gradients of this step, {name: tensor}."""
+
+    def evaluate(self, batches: int) -> float:
+        """Mean loss of the unmasked tokens in the first global batches of the validation text."""
+
+    def save(self, directory: str, done: int) -> None:
+        """Write a checkpoint after ``done`` steps."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run is, whoever trains it."""
+
+    args: argparse.Namespace
+    model: GPTConfig
+    global_batch: int
+    dtype: str
+    dp: int  # groups of ranks with samples of their own
+    identity: Mapping[str, Any]  # what a run must have in common with the one that it continues
+    facts: Mapping[str, Any]  # of the first record, besides those above
+    first_step: int = 0
+    messages: Sequence[str] = ()  # shown first
+
+
+def open_texts(args: argparse.Namespace) -> tuple[PackedText, PackedText]:
+    """The texts for training and validation.
+
+    Raises:
+        LcabError: on every rank, where one cannot read them.
+    """
+    corpora = collectives.together(lambda: open_corpus(args.data, args.vocab).split())
+    options = {"seed": args.seed, "doc_lengths": args.doc_lengths, "loss_mask": args.loss_mask}
+    text, validation_text = (PackedText(corpus, args.seqlen, **options) for corpus in corpora)
+    return text, validation_text
+
+
+def identity(
+    args: argparse.Namespace, model: GPTConfig, global_batch: int, text: PackedText
+) -> dict[str, Any]:
+    """What a resumed run must have in common with the one that it continues."""
+    return {
+        "model": asdict(model),
+        "global_batch": global_batch,
+        "data_digest": text.corpus.digest,
+        **{key: getattr(args, key) for key in ("seqlen", "doc_lengths", "loss_mask", "seed")},
+    }
+
+
+def require_same_run(
+    args: argparse.Namespace, identity: Mapping[str, Any], saved: Mapping[str, Any] | None
+) -> int:
+    """The steps that the checkpoint in ``--resume`` has done; ``saved``: its ``{"step", "identity"}``.
+
+    Raises:
+        LcabError: there is none, it is of another run, or it has done all ``--steps``.
+    """
+    if saved is None:
+        raise LcabError(f"--resume {args.resume} holds no checkpoint; give the folder that --save wrote.")
+    for key, value in identity.items():
+        if (before := saved.get("identity", {}).get(key)) != value:
+            raise LcabError(f"--resume {args.resume} has {key} {before}, this run {value}.")
+    if saved["step"] >= args.steps:
+        raise LcabError(
+            f"--resume {args.resume} has done {saved['step']} steps; give more --steps than that."
+        )
+    return saved["step"]
+
+
+def warm(step: int, steps: int) -> float:
+    """The share of the learning rate at a step: it rises over ``steps`` steps and stays."""
+    return min(1.0, (step + 1) / max(1, steps))
+
+
+def run(trainer: Trainer, job: Job) -> None:
+    """Train from ``job.first_step`` to ``--steps``; records go to ``--out``.
+
+    Raises:
+        LcabError: the records cannot be written, or the loss is no number any more.
+    """
+    args = job.args
+    name = args.name or f"{args.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path, leads = Path(args.out, name, "metrics.jsonl"), collectives.rank() == 0
+    facts = {"name": name, "steps": args.steps, "first_step": job.first_step, **job.facts}
+    facts |= {**job.identity, "parameters": job.model.parameters}
+    log = collectives.together(lambda: RunLog(path, append=bool(args.resume), enabled=leads))
+    timer = StepTimer(trainer.device, ("data", "step", *trainer.parts))
+    validation_loss = None
+
+    with log, Progress(args.steps, start=job.first_step, enabled=leads) as progress:
+        for line in job.messages:
+            progress.message(line)
+        log.write("run", **facts, **environment(trainer.device))
+        for step in range(job.first_step, args.steps):
+            with timer("data"):
+                window = trainer.read(step)
+            with timer("step"):
+                gradients = args.save_gradients if step == job.first_step else None
+                done = trainer.step(window, step, timer, gradients)
+            took = _measure(trainer, job, window, timer)
+            log.write("step", step=step, **done._asdict(), **took)
+            progress.update(done.loss, took["tokens_per_s"], took["step_ms"], took["peak_memory_gib"])
+            if not math.isfinite(done.loss):
+                raise LcabError(f"the loss of step {step} is {done.loss}; lower --lr or raise --warmup.")
+            if _due(step, args.eval_every, args) and args.eval_batches:
+                validation_loss = trainer.evaluate(args.eval_batches)
+                log.write("eval", step=step, loss=validation_loss)
+                progress.message(f"step {step + 1}: validation loss {validation_loss:.4f}")
+            if _due(step, args.save_every, args) and args.save:
+                trainer.save(args.save, step + 1)
+        log.write("end", step=step, loss=done.loss, validation_loss=validation_loss)
+        final = "" if validation_loss is None else f", validation loss {validation_loss:.4f}"
+        progress.message(f"train loss {done.loss:.4f}{final}; records: {path}")
+
+
+def _due(step: int, every: int, args: argparse.Namespace) -> bool:
+    """Whether something is to be done after this step: every so many, and after the last."""
+    return step + 1 == args.steps or (every > 0 and (step + 1) % every == 0)
+
+
+def _measure(trainer: Trainer, job: Job, window: Window, timer: StepTimer) -> dict[str, Any]:
+    """What a step took: time of the slowest rank, memory of the fullest, work of all together."""
+    took = timer.take() | {"peak_memory_gib": peak_memory_gib(trainer.device)}
+    most = torch.tensor(list(took.values()), dtype=torch.float64, device=trainer.device)
+    took = dict(zip(took, collectives.all_reduce_max(most).tolist(), strict=True))
+    shares = collectives.all_gather_object((window.digests, window.area))
+    tokens, seconds, world = job.global_batch * job.args.seqlen, took["step_ms"] / 1e3, len(shares)
+    flops = job.model.flops(tokens, sum(area for _, area in shares) * job.dp // world)
+    peak = peak_flops(device_name(trainer.device), job.dtype)
+    return took | {
+        "tokens": tokens,
+        "tokens_per_s": tokens / seconds,
+        "model_tflops": flops / 1e12,
+        "mfu": mfu(flops, seconds, world, peak),
+        "batch_digest": batch_digest(digests for digests, _ in shares),
+    }
+
+
+def save_whole(gradients: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write {name: float32 tensor}, on the first rank."""
+    if collectives.rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({name: gradient.float().cpu() for name, gradient in gradients.items()}, path)
