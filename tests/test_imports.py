@@ -26,11 +26,24 @@ ARROWS: dict[str, set[str]] = {
     "context_parallel": {"errors", "masks", "layout", "operation", "kernels", "recompute"},
 }
 ARROWS["config"] = {*ARROWS, "context_parallel"}
+ARROWS["patching"] = {"errors"}
+ARROWS["planner"] = {"errors", "masks", "layout", "kernels", "context_parallel"}
 ARROWS["adapters"] = {*ARROWS}
 ARROWS["training"] = {*ARROWS}
 ARROWS["bench"] = {*ARROWS}
+ARROWS["report"] = {*ARROWS}
+ARROWS["study"] = {*ARROWS}
 ARROWS["cli"] = {*ARROWS}
-ARROWS["__init__"] = {*ARROWS} - {"adapters", "training", "bench", "cli"}
+ARROWS["__init__"] = {*ARROWS} - {
+    "patching",
+    "planner",
+    "adapters",
+    "training",
+    "bench",
+    "report",
+    "study",
+    "cli",
+}
 
 # a kernel may import these; context_parallel too
 KERNELS_SHARED = {"contract", "cudnn_limits", "lowering", "merge", "segments", "tiled"}

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import lcab_plugin
-from lcab_plugin.cli import bench, doctor, kernels, masks, parity, tune
+from lcab_plugin.cli import bench, doctor, kernels, masks, parity, patch, plan, repeat, report, study, tune
 
 app = typer.Typer(
     help="Attention and context parallelism for long-context training: what runs here, and does it agree.",
@@ -20,7 +20,12 @@ app.command()(kernels.kernels)
 app.add_typer(masks.app, name="masks")
 app.add_typer(bench.app, name="bench")
 app.command()(parity.parity)
+app.command()(patch.patch)
+app.command()(plan.plan)
+app.command()(study.study)
 app.command()(tune.tune)
+app.command()(report.report)
+app.command()(repeat.repeat)
 app.command()(doctor.doctor)
 
 

@@ -1,0 +1,228 @@
+"""`lcab plan`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.text import Text
+
+from lcab_plugin.cli import output
+from lcab_plugin.cli.mask_options import Described, takes_mask
+from lcab_plugin.cli.parse import integers, names
+from lcab_plugin.errors import LcabError
+
+if TYPE_CHECKING:
+    from lcab_plugin.planner import Hardware, Model, Prediction, Setting
+    from lcab_plugin.planner.calibrate import Calibration
+
+_COLUMNS = ["kernel", "strategy", "placement", "layout", ">cp x dp", ">step ms"]
+_TERMS = ["attention", "imbalance", "exposed", "linear", "parameters", "optimizer"]
+_MEMORY = [">GiB", ">states", ">activations", ">attention", ">communication"]
+
+
+@takes_mask(typer.Option("--mask", help="A mask family of `lcab masks list`."))
+def plan(
+    described: Described,
+    nodes: Annotated[int, typer.Option(help="Nodes.")] = 1,
+    gpus: Annotated[int, typer.Option(help="Devices of a node.")] = 8,
+    batch: Annotated[int, typer.Option(help="Sequences a step, over all devices.")] = 1,
+    hardware: Annotated[str, typer.Option(help="A100, H100, H200, B200 or cpu: peaks and links.")] = "H100",
+    inside: Annotated[float | None, typer.Option(help="GB/s a device and direction in a node.")] = None,
+    between: Annotated[float | None, typer.Option(help="GB/s a device and direction between nodes.")] = None,
+    model: Annotated[
+        str, typer.Option(help="llama3-8b, llama3-70b, llama3-405b, or attention: one call a step.")
+    ] = "llama3-8b",
+    layers: Annotated[int | None, typer.Option(help="Instead of the model's.")] = None,
+    hidden: Annotated[int | None, typer.Option(help="Instead of the model's.")] = None,
+    ffn: Annotated[int | None, typer.Option(help="Instead of the model's.")] = None,
+    vocab: Annotated[int | None, typer.Option(help="Instead of the model's.")] = None,
+    heads: Annotated[str | None, typer.Option(help="Query and key/value heads, as in 32:8.")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Instead of the model's.")] = None,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    zero: Annotated[int, typer.Option(help="Stage of ZeRO over all devices, 0 to 3.")] = 3,
+    checkpointing: Annotated[
+        str, typer.Option(help="Activations: none, block, or keep_attention (blocks, attention kept).")
+    ] = "keep_attention",
+    kernels: Annotated[
+        str | None, typer.Option(help="Of `lcab kernels`; the measured ones if left out.")
+    ] = None,
+    strategies: Annotated[str | None, typer.Option(help="All if left out.")] = None,
+    layouts: Annotated[str | None, typer.Option(help="All if left out.")] = None,
+    cp: Annotated[
+        str | None, typer.Option(help="Context-parallel sizes; all that share --batch evenly if left out.")
+    ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(help="Records of `lcab bench`, a file or a folder, that the speeds are fitted to."),
+    ] = None,
+    top: Annotated[int, typer.Option(help="Lines of the table.")] = 15,
+    everything: Annotated[bool, typer.Option("--all", help="Also what cannot run or fit, and why.")] = False,
+    as_json: output.AsJson = False,
+) -> None:
+    """Rank kernels x strategies x degrees x placements x layouts by predicted step time, and what fits.
+
+    Areas, bytes and memory follow from the mask and the shapes; speeds are those measured on an H100 (scaled
+    to other GPUs), data sheets' for links, or fitted by --calibrate, which prints the error of its
+    predictions on records held back. docs/planner.md has the formulas and where each number is from.
+
+    lcab plan --mask causal_document --seqlen 1048576 --nodes 12 --model llama3-8b
+    """
+    from lcab_plugin import planner
+
+    if top < 1:
+        raise LcabError(f"--top {top} shows nothing; give 1 or more.")
+    numbers = {"layers": layers, "hidden": hidden, "ffn": ffn, "vocab": vocab, "head_dim": head_dim}
+    shape = _model(model, numbers, heads, dtype)
+    cluster = planner.Cluster(nodes, gpus, batch, zero, checkpointing)
+    machine = planner.find(hardware).with_links(inside, between)
+    choice = planner.Choice(
+        names("--kernels", kernels) or (),
+        names("--strategies", strategies) or (),
+        names("--layouts", layouts) or (),
+        integers("--cp", cp, ",") or (),
+    )
+    fitted, machine = _calibrated(calibrate, machine, dtype, inside)
+    setting = planner.setting(described.mask, shape, cluster, machine)
+    begin = time.perf_counter()
+    ranked = planner.rank(setting, choice, fitted.speeds if fitted else None)
+    seconds = time.perf_counter() - begin
+    if as_json:
+        output.print_json(_document(described, setting, ranked, fitted, everything, seconds))
+        return
+    _print(described, setting, ranked, top, everything)
+    typer.echo(_sources(setting, ranked, seconds))
+    if fitted:
+        _print_errors(fitted)
+
+
+def _model(name: str, numbers: dict[str, int | None], heads: str | None, dtype: str) -> Model:
+    """The named model with what was given instead."""
+    from lcab_plugin import planner
+
+    given: dict[str, Any] = {key: value for key, value in numbers.items() if value is not None}
+    if heads is not None:
+        dealt = integers("--heads", heads, ":") or ()
+        if len(dealt) > 2:
+            raise LcabError(f"--heads takes query and key/value heads such as 32:8, not {heads!r}.")
+        given |= {"heads": dealt[0], "kv_heads": dealt[-1]}
+    return replace(planner.model(name), dtype=dtype, **given)
+
+
+def _calibrated(
+    path: Path | None, machine: Hardware, dtype: str, inside: float | None
+) -> tuple[Calibration | None, Hardware]:
+    """What the records say, and the machine with their link; a bandwidth that was given stays."""
+    from lcab_plugin.planner import calibrate
+
+    if path is None:
+        return None, machine
+    fitted = calibrate.fit(calibrate.read(path), machine, dtype)
+    if not fitted.errors:
+        reasons = "; ".join(f"{reason} ({n})" for reason, n in fitted.left_out.most_common(3))
+        raise LcabError(f"no record of {path} can be fitted for {machine.name} in {dtype}: {reasons}.")
+    if fitted.linear_share is not None:
+        machine = replace(machine, linear_share=fitted.linear_share)
+    if fitted.link is not None and inside is None:
+        machine = replace(machine, inside=fitted.link, source=f"{machine.source}; inside nodes fitted")
+    return fitted, machine
+
+
+def _document(
+    described: Described,
+    setting: Setting,
+    ranked: list[Prediction],
+    fitted: Calibration | None,
+    everything: bool,
+    seconds: float,
+) -> dict[str, Any]:
+    """The answer for programs."""
+    calibration = fitted and {
+        "errors": [vars(error) for error in fitted.errors],
+        "left_out": dict(fitted.left_out),
+        "link": fitted.link and vars(fitted.link),
+        "linear_share": fitted.linear_share,
+    }
+    machine = setting.hardware
+    return {
+        "mask": described.name,
+        "seqlen": described.seqlen,
+        "area": described.mask.area,
+        "digest": described.mask.digest,
+        "model": vars(setting.model),
+        "cluster": vars(setting.cluster),
+        "hardware": {**vars(machine), "inside": vars(machine.inside), "between": vars(machine.between)},
+        "calibration": calibration,
+        "planned_s": seconds,
+        "candidates": len(ranked),
+        "runnable": sum(p.reason is None for p in ranked),
+        "plans": [p.to_dict() for p in ranked if everything or p.reason is None],
+    }
+
+
+def _print(
+    described: Described, setting: Setting, ranked: list[Prediction], top: int, everything: bool
+) -> None:
+    """The fastest, and why the others cannot."""
+    cluster, shape = setting.cluster, setting.model
+    typer.echo(described)
+    typer.echo(
+        f"{cluster.nodes} x {cluster.gpus} {setting.hardware.name}, {cluster.batch} sequences a step, "
+        f"{shape.parameters / 1e9:.2f} B parameters in {shape.dtype}, ZeRO {cluster.zero}, checkpointing "
+        f"{cluster.checkpointing}\n"
+    )
+    runs = [p for p in ranked if p.reason is None]
+    columns = [*_COLUMNS, *(f">{name}" for name in _TERMS), *_MEMORY]
+    if runs:
+        output.show(output.table("Fastest by prediction, ms of a step", columns, map(_row, runs[:top])))
+    typer.echo(f"{len(runs)} of {len(ranked)} candidates can run.")
+    refused = [p for p in ranked if p.reason is not None]
+    if refused and not runs and not everything:
+        typer.echo(f"None fits; the first says: {refused[0].reason} (--all prints every reason)")
+    if everything and refused:
+        lines = [[*_names(p), Text(p.reason or "")] for p in refused]
+        output.show(output.table("Cannot run", [*_COLUMNS[:5], "reason"], lines))
+
+
+def _names(p: Prediction) -> list[Text]:
+    c = p.candidate
+    split = "x".join(str(n) for _, n in c.degrees) if len(c.degrees) > 1 else ""
+    two = len(c.degrees) > 1
+    placed = c.placement if two else "-"
+    words = c.kernel, f"{c.strategy} {split}".strip(), placed, c.layout, f"{c.cp} x {c.dp}"
+    return [Text(word) for word in words]
+
+
+def _row(p: Prediction) -> list[Text]:
+    terms = [p.seconds, *(p.terms[name] for name in _TERMS)]
+    held = [sum(p.memory.values()), *(p.memory[name.lstrip(">")] for name in _MEMORY[1:])]
+    numbers = [*(f"{value * 1e3:.4g}" for value in terms), *(f"{value / 2**30:.3g}" for value in held)]
+    return [*_names(p), *map(Text, numbers)]
+
+
+def _sources(setting: Setting, ranked: list[Prediction], seconds: float) -> str:
+    """Where the numbers are from."""
+    speeds: dict[str, list[str]] = {}
+    for p in ranked:
+        if p.speed and p.candidate.kernel not in speeds.setdefault(p.speed, []):
+            speeds[p.speed].append(p.candidate.kernel)
+    known = "; ".join(f"{', '.join(found)}: {origin}" for origin, found in speeds.items())
+    return (
+        f"Kernels {known or 'none'}. Machine: {setting.hardware.source}. "
+        f"{len(ranked)} candidates in {seconds:.1f} s."
+    )
+
+
+def _print_errors(fitted: Calibration) -> None:
+    """How far predictions were off on records that they were not fitted to."""
+    columns = ["held out", ">fitted to", ">predicted", ">median error", ">p90", ">largest", "where"]
+    lines = [
+        [e.what, str(e.fitted), str(e.held), *(f"{x:.1%}" for x in (e.median, e.p90, e.largest)), e.where]
+        for e in fitted.errors
+    ]
+    output.show(output.table("Calibration: error on a quarter of the records, held back", columns, lines))
+    for reason, count in fitted.left_out.most_common():
+        typer.echo(f"{count} records left aside: {reason}")

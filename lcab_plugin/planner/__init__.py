@@ -1,0 +1,31 @@
+"""What to run: kernels, strategies, degrees, placements and layouts by predicted step time and memory.
+
+Areas and bytes come from the mask algebra and are exact; only speeds are modelled (docs/planner.md).
+"""
+
+from lcab_plugin.planner.auto import AUTO, Chosen, choose
+from lcab_plugin.planner.hardware import HARDWARE, Hardware, Link, find
+from lcab_plugin.planner.plan import Choice, Prediction, best, rank, setting
+from lcab_plugin.planner.predict import Setting
+from lcab_plugin.planner.shape import CHECKPOINTING, MODELS, Cluster, Model, model
+
+__all__ = [
+    "AUTO",
+    "CHECKPOINTING",
+    "HARDWARE",
+    "MODELS",
+    "Choice",
+    "Chosen",
+    "Cluster",
+    "Hardware",
+    "Link",
+    "Model",
+    "Prediction",
+    "Setting",
+    "best",
+    "choose",
+    "find",
+    "model",
+    "rank",
+    "setting",
+]

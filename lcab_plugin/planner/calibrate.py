@@ -1,0 +1,261 @@
+"""Speeds fitted to records, and their error on records held back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lcab_plugin import kernels, masks
+from lcab_plugin.errors import LcabError
+from lcab_plugin.masks import AttentionMask
+from lcab_plugin.planner.hardware import Hardware, Link, find
+from lcab_plugin.planner.shape import ITEMSIZE
+from lcab_plugin.planner.speeds import (
+    COSTS,
+    PASSES,
+    Floats,
+    Heads,
+    Speed,
+    assumed,
+    features,
+    least_squares,
+    table,
+)
+from lcab_plugin.planner.work import work
+
+Record = dict[str, Any]
+
+HELD_OUT = 4  # one in so many (mask, length) pairs is held back, all its kernels and passes with it
+LEAST = 10  # records of a kernel and pass that are worth fitting
+
+
+@dataclass(frozen=True)
+class Error:
+    """Of predictions, relative to what was measured: ``fitted`` records, ``held`` back ones, and of the
+    latter the median, the ninth decile and the largest, with the cell it belongs to."""
+
+    what: str
+    fitted: int
+    held: int
+    median: float
+    p90: float
+    largest: float
+    where: str
+
+
+@dataclass
+class Calibration:
+    """Fitted ``speeds`` by kernel, the ``link`` inside a node and the ``linear_share`` of the peak (None
+    without records of them), their ``errors`` on held-out records, and how many records were left aside and
+    why."""
+
+    speeds: dict[str, Speed] = field(default_factory=dict)
+    link: Link | None = None
+    linear_share: float | None = None
+    errors: list[Error] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+
+def read(path: Path) -> list[Record]:
+    """The measured cells and the training steps of a JSON-lines file, or of all below a folder.
+
+    Raises:
+        LcabError: there is no such file, or no line of it is a cell that was measured.
+    """
+    if not path.exists():
+        raise LcabError(f"{path} does not exist; give records of `lcab bench`, a file or a folder.")
+    files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
+    found = [record for file in files for record in _measured(file)]
+    if not found:
+        raise LcabError(f"{path} holds no measured cell; run `lcab bench kernels --out FILE.jsonl` first.")
+    return found
+
+
+def _measured(path: Path) -> list[Record]:
+    """A line that a kill tore is passed over, as by every reader. A step is given its ``run``."""
+    found: list[Record] = []
+    run: Record | None = None
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        kind = record.get("type") if isinstance(record, dict) else None
+        if kind == "run":
+            run = record
+        elif kind == "cell" and record.get("status") == "ok":
+            found.append(record)
+        elif kind == "step" and run is not None and "model" in run and record["step"] > run["first_step"]:
+            found.append({**record, "run": run})  # a run's first step compiles and allocates
+    return found
+
+
+def fit(records: Iterable[Record], hardware: Hardware, dtype: str) -> Calibration:
+    """Fits kernels, the link and the matrices' share to the records of this hardware and width of numbers."""
+    result = Calibration()
+    kernel_cells: dict[tuple[str, str], list[Record]] = defaultdict(list)
+    link_cells, steps = [], []
+    for record in records:
+        if "run" in record:
+            steps.append(record)
+            continue
+        reason = _left_out(record, hardware, dtype)
+        if reason:
+            result.left_out[reason] += 1
+        elif "strategy" in record:
+            link_cells.append(record)
+        else:
+            kernel_cells[record["kernel"], record["pass"]].append(record)
+    fitted: dict[str, dict[str, tuple[float, ...]]] = defaultdict(dict)
+    for (kernel, step), cells in sorted(kernel_cells.items()):
+        known = [(r, mask) for r in cells if (mask := mask_of(r)) is not None]
+        result.left_out["a mask that cannot be made again"] += len(cells) - len(known)
+        if len(known) < LEAST:
+            result.left_out[f"fewer than {LEAST} records of a kernel's pass"] += len(known)
+            continue
+        costs, error = _fitted_kernel(kernel, step, known, hardware.device)
+        fitted[kernel][step] = costs
+        result.errors.append(error)
+    for kernel, passes in fitted.items():
+        if len(passes) == len(PASSES):
+            result.speeds[kernel] = Speed(passes["fwd"], passes["bwd"], f"fitted on {hardware.name}")
+    if link_cells:
+        _fit_link(link_cells, result)
+    if steps:
+        _fit_linear(steps, hardware, dtype, result)
+    result.left_out = +result.left_out
+    return result
+
+
+def _left_out(record: Record, hardware: Hardware, dtype: str) -> str | None:
+    if "kernel" not in record or "median_ms" not in record or record["median_ms"] is None:
+        return "not a timing"
+    if record["kernel"] not in kernels.names():
+        return f"{record['kernel']!r} is no kernel here"
+    if record["pass"] not in PASSES:
+        return "forward and backward together"
+    if record["dtype"] not in ITEMSIZE or ITEMSIZE[record["dtype"]] != ITEMSIZE[dtype]:
+        return f"dtype {record['dtype']}"
+    return None if _same(record["hardware"], hardware) else f"measured on {record['hardware']}"
+
+
+def _same(name: str, hardware: Hardware) -> bool:
+    """Whether a device of that name is this hardware; every name that is none of the GPUs' is a processor."""
+    try:
+        return find(name).name == hardware.name
+    except LcabError:
+        return hardware.device == "cpu"
+
+
+def mask_of(record: Record) -> AttentionMask | None:
+    """The mask of a record, made again from its parameters; None where its digest is another."""
+    given = dict(record["parameters"])
+    given.pop("count", None)
+    documents, seed = given.pop("documents", None), given.pop("seed", 0)
+    if documents is not None:
+        given["lengths"] = masks.sample_lengths(record["seqlen"], documents, seed)
+    if isinstance(given.get("prefixes"), str):  # "a quarter of each document"
+        given["prefixes"] = [length // 4 for length in given["lengths"]]
+    try:
+        mask = masks.from_name(record["mask"], record["seqlen"], **given)
+    except LcabError:
+        return None
+    return mask if mask.digest == record["digest"] else None
+
+
+def held_out(record: Record) -> bool:
+    """Whether a record is held back, by its mask and length: the same on every machine and in every run."""
+    name = f"{record['mask']} {record['seqlen']}".encode()
+    return hashlib.blake2b(name, digest_size=8).digest()[0] % HELD_OUT == 0
+
+
+def _fitted_kernel(
+    kernel: str, step: str, known: list[tuple[Record, AttentionMask]], device: str
+) -> tuple[tuple[float, ...], Error]:
+    """Costs fitted to all but the held-out records, and the error on those."""
+    amounts = np.array(
+        [features(step, work(kernel, mask, r["head_dim"], device), _heads(r)) for r, mask in known]
+    )
+    seconds = np.array([r["median_ms"] / 1e3 for r, _ in known])
+    held = np.array([held_out(r) for r, _ in known])
+    costs = least_squares(amounts[~held], seconds[~held])
+    names = [f"{r['mask']} {r['seqlen']}" for r, _ in known]
+    return tuple(costs.tolist()), _error(f"{kernel} {step}", amounts @ costs, seconds, held, names)
+
+
+def _heads(record: Record) -> Heads:
+    itemsize = ITEMSIZE[record["dtype"]]
+    return Heads(record["batch"], record["heads"], record["kv_heads"], record["head_dim"], itemsize)
+
+
+def _error(what: str, predicted: Floats, measured: Floats, held: Floats, names: list[str]) -> Error:
+    relative = np.abs(predicted / measured - 1)
+    at = np.flatnonzero(held)
+    if not len(at):
+        return Error(what, len(measured), 0, float("nan"), float("nan"), float("nan"), "-")
+    worst = at[relative[at].argmax()]
+    median, p90 = np.quantile(relative[at], (0.5, 0.9)).tolist()
+    return Error(what, len(measured) - len(at), len(at), median, p90, float(relative[worst]), names[worst])
+
+
+def _fit_link(cells: list[Record], result: Calibration) -> None:
+    """Bandwidth and latency from the strategies that hide nothing: what a call takes beyond its kernels is
+    their transfers'."""
+    shown = [
+        r
+        for r in cells
+        if r["strategy"] in ("ulysses", "ring_all_gather") and r["sent_bytes"] and (r["exposed_ms"] or 0) > 0
+    ]
+    result.left_out["a strategy that hides transfers behind its kernels"] += len(cells) - len(shown)
+    if len(shown) < HELD_OUT:
+        return
+    amounts = np.array([(1.0, r["sent_bytes"]) for r in shown])
+    seconds = np.array([r["exposed_ms"] / 1e3 for r in shown])
+    held = np.array([held_out(r) for r in shown])
+    if held.all():
+        held[:] = False
+    latency, byte = least_squares(amounts[~held], seconds[~held]).tolist()
+    names = [f"{r['strategy']} {r['mask']} {r['seqlen']} {r['pass']}" for r in shown]
+    result.errors.append(
+        _error("link (ulysses, ring_all_gather)", amounts @ [latency, byte], seconds, held, names)
+    )
+    if byte > 0:
+        result.link = Link(1 / byte, latency)
+
+
+def _fit_linear(steps: list[Record], hardware: Hardware, dtype: str, result: Calibration) -> None:
+    """The share of the peak that matrices reach: what a step takes beyond its attention, at the kernel's own
+    speed, is theirs. Transfers, the optimizer and recomputation count as theirs too. One step in ``HELD_OUT``
+    is held back."""
+    speeds = table(hardware, dtype, result.speeds)
+    rest, linear, measured, names = [], [], [], []
+    for step in steps:
+        run = step["run"]
+        if run["dtype"] != dtype or not _same(run["device"], hardware):
+            result.left_out[f"training in {run['dtype']} on {run['device']}"] += 1
+            continue
+        shape = run["model"]
+        matrices = run["parameters"] - shape["vocab"] * shape["hidden"]
+        flops = 6 * matrices * step["tokens"] / run["world"]
+        area = (step["model_tflops"] * 1e12 / run["world"] - flops) / 3  # attention's, forward
+        speed = speeds.get(run["attention"]["kernel"], assumed(hardware, dtype))
+        computed = COSTS.index("computed")
+        rest.append(area * sum(PASSES[p] * getattr(speed, p)[computed] for p in PASSES))
+        linear.append(flops / hardware.peak_of(dtype))
+        measured.append(step["step_ms"] / 1e3)
+        names.append(f"{run['name']} step {step['step']}")
+    attention, ideal, seconds = map(np.array, (rest, linear, measured))
+    held = np.arange(len(seconds)) % HELD_OUT == HELD_OUT - 1
+    known = ~held & (seconds > attention) if len(seconds) else held
+    if not known.any():
+        return
+    share = float(np.median(ideal[known] / (seconds[known] - attention[known])))
+    result.linear_share = share
+    result.errors.append(_error("training step", attention + ideal / share, seconds, held, names))

@@ -1,0 +1,117 @@
+"""What a machine is said to do: peaks, memory and links, each with where the number is from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from lcab_plugin.errors import LcabError, unknown
+
+
+@dataclass(frozen=True)
+class Link:
+    """What one device sends over it: ``bandwidth`` in bytes a second and direction, ``latency`` in seconds
+    of a message."""
+
+    bandwidth: float
+    latency: float
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One kind of node.
+
+    ``peak``: FLOP/s of dense 16-bit matrix products, ``peak_fp32`` of float32 ones; ``memory`` bytes of a
+    device, ``stream`` bytes a second from it; ``inside`` and ``between`` nodes; ``source`` of all these;
+    ``linear_share`` of the peak that the matrices outside attention reach (assumed; --calibrate fits).
+    """
+
+    name: str
+    device: str
+    peak: float
+    peak_fp32: float
+    memory: float
+    stream: float
+    inside: Link
+    between: Link
+    source: str
+    linear_share: float = 0.6
+
+    def peak_of(self, dtype: str) -> float:
+        """FLOP/s in that dtype."""
+        return self.peak if dtype in ("bf16", "fp16") else self.peak_fp32
+
+    def with_links(self, inside: float | None, between: float | None) -> Hardware:
+        """Other bandwidths, in GB/s a device and direction; None keeps one.
+
+        Raises:
+            LcabError: one is not positive.
+        """
+        made = self
+        for name, value in (("inside", inside), ("between", between)):
+            if value is None:
+                continue
+            if not value > 0:
+                raise LcabError(f"a link of {value} GB/s moves nothing; give its GB/s per device, as in 450.")
+            link = replace(getattr(made, name), bandwidth=value * 1e9)
+            made = replace(
+                made, **{name: link}, source=f"{made.source}; {name} nodes {value:g} GB/s as given"
+            )
+        return made
+
+
+# A link is taken at this share of its data sheet's bandwidth, what large messages reach about.
+LINK_SHARE = 0.8
+# Seconds a message takes however small it is: a launch and the fabric. Assumed; --calibrate fits the first.
+INSIDE_LATENCY, BETWEEN_LATENCY = 8e-6, 20e-6
+
+
+def _gpu(
+    name: str, peak: float, peak_fp32: float, memory: float, stream: float, nvlink: float, sheet: str
+) -> Hardware:
+    """``peak``s in TFLOP/s, ``memory`` in GB, ``stream`` and ``nvlink`` (one direction) in GB/s; 400 Gbit/s
+    a device between nodes (ConnectX-7, one a GPU in DGX systems)."""
+    return Hardware(
+        name,
+        "cuda",
+        peak * 1e12,
+        peak_fp32 * 1e12,
+        memory * 1e9,
+        stream * 1e9,
+        Link(LINK_SHARE * nvlink * 1e9, INSIDE_LATENCY),
+        Link(LINK_SHARE * 50e9, BETWEEN_LATENCY),
+        f"{sheet}; between nodes 400 Gbit/s a GPU (DGX); links at {LINK_SHARE:.0%}, latencies assumed",
+    )
+
+
+HARDWARE: dict[str, Hardware] = {
+    h.name: h
+    for h in (
+        _gpu("A100", 312, 19.5, 80, 2039, 300, "NVIDIA A100 80GB SXM data sheet"),
+        _gpu("H100", 989, 67, 80, 3350, 450, "NVIDIA H100 SXM data sheet"),
+        _gpu("H200", 989, 67, 141, 4800, 450, "NVIDIA H200 SXM data sheet"),
+        _gpu("B200", 2250, 75, 180, 8000, 900, "NVIDIA DGX B200 data sheet, per GPU"),
+        Hardware(
+            "cpu",
+            "cpu",
+            0.05e12,
+            0.05e12,
+            16e9,
+            10e9,
+            Link(1e9, 100e-6),
+            Link(1e9, 200e-6),
+            "assumed: one core of a server processor, gloo; --calibrate fits",
+        ),
+    )
+}
+
+
+def find(name: str) -> Hardware:
+    """The hardware of that name, or the one whose name a device's own name contains.
+
+    Raises:
+        LcabError: there is none.
+    """
+    found = [key for key in HARDWARE if key.lower() in name.lower()]
+    if not found:
+        raise unknown("hardware", name, HARDWARE)
+    return HARDWARE[max(found, key=len)]
