@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -11,6 +12,7 @@ from rich.markup import escape
 from lcab_plugin.cli import output
 from lcab_plugin.cli.explain import explain
 from lcab_plugin.cli.mask_options import Described, takes_mask
+from lcab_plugin.errors import LcabError
 
 if TYPE_CHECKING:
     from lcab_plugin.masks import AttentionMask
@@ -66,6 +68,27 @@ def show_mask(described: Described, as_json: output.AsJson = False) -> None:
     if len(mask.array) > _SLICES:
         typer.echo(f"... and {len(mask.array) - _SLICES} more slices (--json prints all)\n")
     typer.echo(picture(mask))
+
+
+@app.command("draw")
+@takes_mask(typer.Argument(help="A mask family of `lcab masks list`."))
+def draw_mask(
+    described: Described,
+    out: Annotated[Path | None, typer.Option(help="SVG file; <mask>-<tokens>.svg if left out.")] = None,
+    size: Annotated[int, typer.Option(min=16, max=4096, help="Pixels of the longer side.")] = 480,
+) -> None:
+    """Draw one mask as an SVG picture: its slices as polygons, for any length."""
+    from lcab_plugin.report import draw
+
+    mask = described.mask
+    path = out or Path(f"{described.name}-{described.seqlen}.svg")
+    try:
+        path.write_text(draw.svg(mask, size, words=str(described), standalone=True) + "\n")
+    except OSError as error:
+        raise LcabError(f"cannot write {path}: {error.strerror}; give another --out.") from None
+    block = draw.in_blocks(mask)
+    told = f", in blocks of {block} tokens: it has {len(mask.array)} slices" if block else ""
+    typer.echo(f"{described}\n{path}{told}")
 
 
 def picture(mask: AttentionMask) -> str:

@@ -1,0 +1,75 @@
+"""The part that shows the masks of the records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from html import escape
+from typing import Any
+
+from lcab_plugin import masks
+from lcab_plugin.bench.settings import default_parameters
+from lcab_plugin.errors import LcabError
+from lcab_plugin.masks import AttentionMask
+from lcab_plugin.report import draw
+from lcab_plugin.report.schema import Record
+from lcab_plugin.report.section import Section, Text
+from lcab_plugin.report.svg import tokens
+from lcab_plugin.report.tables import Table, Value, value
+
+_SIZE = 200  # pixels
+_SAMPLED = ("documents", "seed", "count", "prefixes")  # in a record, instead of the lengths themselves
+
+
+def rebuild(record: Record) -> AttentionMask | None:
+    """The mask of a cell, by its family and parameters; None where that is not the one of its digest."""
+    given: dict[str, Any] = record.get("parameters") or {}
+    name, n = record["mask"], record["seqlen"]
+    try:
+        parameters = default_parameters(name, n, given.get("documents", "pile"), given.get("seed", 0))
+        parameters |= {key: v for key, v in given.items() if key not in _SAMPLED}
+        mask = masks.from_name(name, n, **parameters)
+    except (LcabError, TypeError, ValueError):
+        return None
+    return mask if mask.digest == record["digest"] else None
+
+
+def section(cells: Iterable[Record]) -> Section:
+    """One picture of every family, at the longest length it was measured at."""
+    longest: dict[str, Record] = {}
+    distinct: set[str] = set()
+    for cell in cells:
+        distinct.add(cell["digest"])
+        if cell["mask"] not in longest or cell["seqlen"] > longest[cell["mask"]]["seqlen"]:
+            longest[cell["mask"]] = cell
+    made = Section("masks", "Masks")
+    made.blocks.append(
+        Text(
+            f"{len(distinct)} masks of {len(longest)} families were measured; each family at its longest. "
+            "Queries downwards, keys to the right; what is visible is filled in. A mask is made again from "
+            "the record's parameters and drawn if it has the record's digest."
+        )
+    )
+    figures, rows = [], []
+    for name, cell in longest.items():
+        mask = rebuild(cell)
+        share = None if mask is None else mask.area / (mask.q_len * mask.k_len)
+        if mask is not None:
+            words = f"{name}, {tokens(cell['seqlen'])} tokens, {share:.1%} visible"
+            block = draw.in_blocks(mask)
+            told = f"; in blocks of {block} tokens, lighter where some of it is visible" if block else ""
+            picture = draw.svg(mask, _SIZE, words=words)
+            figures.append(f"<figure>{picture}<figcaption>{escape(words + told)}</figcaption></figure>")
+        rows.append(
+            [
+                value(name),
+                value(cell["seqlen"]),
+                value(None if mask is None else len(mask.array)),
+                value(cell.get("area")),
+                Value(share, "-" if share is None else f"{share:.2%}"),
+                Value(mask is not None, "drawn" if mask is not None else "parameters give another mask"),
+            ]
+        )
+    made.figure(f'<div class="panels">{"".join(figures)}</div>' if figures else "")
+    columns = ["mask", ">tokens", ">slices", ">visible pairs", ">visible", "picture"]
+    made.blocks.append(Table("masks-drawn", "The masks drawn", columns, rows, folded=True))
+    return made

@@ -1,0 +1,36 @@
+"""The part of `lcab study`: how every cell of its plan ended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lcab_plugin.report.section import Section
+from lcab_plugin.report.sources import Source
+from lcab_plugin.report.tables import Notes, Table, Value, value
+
+_COLUMNS = ("kind", "framework", "kernel", "strategy", "layout", "mask", "seqlen", "world")
+_TITLES = ["cell", "kind", "framework", "kernel", "strategy", "layout", "mask", ">tokens", ">ranks"]
+_VERDICTS = {"ok": "pass", "error": "fail", "timeout": "fail"}
+
+
+def section(sources: Iterable[Source]) -> Section:
+    """A table for each study."""
+    made = Section("studies", "Studies")
+    for number, source in enumerate(sources, start=1):
+        cells = [r for r in source.records if r["type"] == "study_cell"]
+        notes, rows = Notes(), []
+        counts: dict[str, int] = {}
+        for cell in cells:
+            status = cell["status"] or "not yet"
+            counts[status] = counts.get(status, 0) + 1
+            note = notes(cell["reason"]) if cell.get("reason") else None
+            ended = Value(status, status, note=note, verdict=_VERDICTS.get(status, "warn"))
+            rows.append(
+                [value(cell["id"]), *(value(cell.get(k)) for k in _COLUMNS), value(cell.get("tries")), ended]
+            )
+        states = ", ".join(f"{n} {status}" for status, n in counts.items())
+        caption = f"{source.name}: {len(cells)} cells; {states}"
+        table = Table(f"study-{number}", caption, [*_TITLES, ">tries", "ended"], rows, notes.texts)
+        table.folded = len(rows) > 60
+        made.blocks.append(table)
+    return made

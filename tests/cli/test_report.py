@@ -1,0 +1,65 @@
+"""`lcab report` and `lcab masks draw` as a user types them."""
+
+from __future__ import annotations
+
+import json
+from xml.etree import ElementTree
+
+import pytest
+from typer.testing import CliRunner
+
+from lcab_plugin.cli.app import app
+from lcab_plugin.errors import LcabError
+from tests.report.made_records import RUN, kernel_cell, write
+
+
+def run(*words: str):
+    return CliRunner().invoke(app, words)
+
+
+def test_a_report_lies_beside_its_records(tmp_path):
+    write(tmp_path / "k.jsonl", [RUN, kernel_cell("naive", 64, 1.0)])
+    result = run("report", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert "1 of 1 files" in result.stdout
+    assert {"report.html", "report.md", "kernels-cells.csv"} <= {
+        p.name for p in (tmp_path / "report").iterdir()
+    }
+
+
+def test_a_second_report_does_not_read_the_first(tmp_path):
+    write(tmp_path / "k.jsonl", [RUN, kernel_cell("naive", 64, 1.0)])
+    run("report", str(tmp_path))
+    assert "1 of 1 files" in run("report", str(tmp_path)).stdout
+
+
+def test_an_unreadable_file_is_said_and_not_fatal(tmp_path):
+    write(tmp_path / "k.jsonl", [RUN, kernel_cell("naive", 64, 1.0)])
+    (tmp_path / "x.jsonl").write_text("{}\n{}\n")
+    result = run("report", str(tmp_path), "--out", str(tmp_path / "o"), "--json")
+    assert result.exit_code == 0
+    (unreadable,) = json.loads(result.stdout)["unreadable"]
+    assert unreadable == {"file": "x.jsonl", "why": "line 1 of x.jsonl is not a record."}
+    assert "not in the report: x.jsonl" in run("report", str(tmp_path)).stderr
+
+
+def test_a_folder_without_records_is_an_error(tmp_path):
+    assert isinstance(run("report", str(tmp_path)).exception, LcabError)
+
+
+def test_a_mask_is_drawn_at_any_length(tmp_path):
+    path = tmp_path / "m.svg"
+    result = run(
+        "masks", "draw", "sliding_window_causal", "--seqlen", "16777216", "--left", "4096", "--out", str(path)
+    )
+    assert result.exit_code == 0, result.output
+    drawn = ElementTree.parse(path).getroot()
+    assert drawn.attrib["aria-label"].startswith("sliding_window_causal, 16777216 tokens")
+    assert len(drawn.findall("{http://www.w3.org/2000/svg}path")) == 1
+
+
+@pytest.mark.parametrize("where", ["none/m.svg", "."])
+def test_a_picture_that_cannot_be_written_is_one_sentence(tmp_path, where):
+    result = run("masks", "draw", "causal", "--out", str(tmp_path / where))
+    assert isinstance(result.exception, LcabError)
+    assert "give another --out" in str(result.exception)

@@ -1,0 +1,250 @@
+"""The report of records made by hand: what it shows, what it says is missing, and that it is one file."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+
+from lcab_plugin import report
+from lcab_plugin.errors import LcabError
+from lcab_plugin.report import svg
+from tests.report.made_records import RUN, cp_cell, kernel_cell, parity, training_run, write
+
+VOID = {"meta", "br", "wbr", "link", "img", "input", "hr"}
+
+
+class Checker(HTMLParser):
+    """Tags that are closed as they were opened, ids that are unique, links that lead somewhere."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.outside: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            self.ids += [value] if name == "id" else []
+            self.links += [value[1:]] if name == "href" and value.startswith("#") else []
+            if name in ("src", "href", "data") and not value.startswith("#"):
+                self.outside.append(value)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.fixture
+def folder(tmp_path):
+    cells = [kernel_cell(k, n, ms * n) for k, ms in (("naive", 0.2), ("triton", 0.1)) for n in (64, 128)]
+    write(tmp_path / "k.jsonl", [RUN, *cells, kernel_cell("fa4", 64, None)])
+    ranks = [cp_cell(s, w, 8 / w) for s in ("ring_p2p", "ulysses") for w in (2, 4)]
+    write(tmp_path / "cp" / "cp.jsonl", [RUN, *ranks])
+    write(tmp_path / "runs" / "a" / "metrics.jsonl", training_run("naive", [5.0, 4.0, 3.0]))
+    write(tmp_path / "runs" / "b" / "metrics.jsonl", training_run("triton", [5.0, 4.0004, 3.0]))
+    (tmp_path / "runs" / "parity.json").write_text(json.dumps(parity("cannot run", "no <GPU> here")))
+    return tmp_path
+
+
+def made(folder, out=None):
+    """The report of a folder: its page, its Markdown and what was written."""
+    written = report.write(report.load(folder), out or folder / "report", "Test <runs>")
+    return written.page.read_text(), written.markdown.read_text(), written
+
+
+def table(written, name):
+    """Rows of a table's CSV, {column: field}."""
+    path = next(path for path in written.csv if path.name == f"{name}.csv")
+    return list(csv.DictReader(path.open(newline="")))
+
+
+def test_the_page_is_whole_and_asks_for_nothing_from_elsewhere(folder):
+    page, _, _ = made(folder)
+    checked = Checker(page)
+    assert len(set(checked.ids)) == len(checked.ids)
+    assert set(checked.links) - set(checked.ids) == set()
+    assert checked.outside == []
+    assert not re.search(r"url\(|@import|<script|https?:", page)
+    assert "Test &lt;runs&gt;" in page
+
+
+def test_a_matrix_has_the_value_or_the_reason(folder):
+    _, markdown, written = made(folder)
+    (row,) = table(written, "kernels-1-fwd-64")
+    cell = kernel_cell("triton", 64, 6.4)
+    assert float(row["triton"]) == pytest.approx(cell["tflops"])
+    assert row["fa4"] == "unsupported: no | 64"
+    assert "unsupported [1]" in markdown
+    assert "1. unsupported: no \\| 64" in markdown
+
+
+def test_the_best_of_a_mask_is_set_apart(folder):
+    _, markdown, _ = made(folder)
+    assert f"**{svg.number(kernel_cell('triton', 64, 6.4)['tflops'])}**" in markdown
+    assert f"| {svg.number(kernel_cell('naive', 64, 12.8)['tflops'])} |" in markdown
+
+
+def test_scaling_is_drawn_against_ranks_with_the_same_sequence(folder):
+    page, _, _ = made(folder)
+    assert "scaling efficiency, the same sequence on more ranks" in page
+    assert "ring_p2p zigzag, 4: 0.5" in page  # a point's tooltip
+
+
+def test_volume_counted_and_by_formula_are_compared(folder):
+    write(folder / "cp" / "off.jsonl", [RUN, cp_cell("group_cast", 2, 4.0, closed_form_bytes=7)])
+    _, _, written = made(folder)
+    rows = table(written, "cp-volume")
+    assert [r["equal"] for r in rows if r["strategy"].startswith("group_cast")] == ["False"]
+    assert {r["equal"] for r in rows if not r["strategy"].startswith("group_cast")} == {"True"}
+
+
+def test_losses_deviate_from_the_naive_run_on_the_same_tokens(folder):
+    page, _, written = made(folder)
+    (row,) = table(written, "training-deviations-1")
+    assert (row["run"], row["steps compared"]) == ("triton", "3")
+    assert float(row["loss, largest"]) == pytest.approx(1e-4)
+    assert "relative deviation of the loss" in page
+
+
+def test_runs_on_other_tokens_are_not_compared_number_by_number(folder):
+    lines = training_run("flex", [5.0, 9.0, 3.0])
+    lines[2]["batch_digest"] = "other"
+    write(folder / "runs" / "c" / "metrics.jsonl", lines)
+    _, _, written = made(folder)
+    rows = {r["run"]: r for r in table(written, "training-deviations-1")}
+    assert (rows["flex"]["steps compared"], float(rows["flex"]["loss, largest"])) == ("2", 0.0)
+
+
+def test_accuracy_by_position_and_distance(folder):
+    page, _, written = made(folder)
+    assert [r["16"] for r in table(written, "training-1-recall")] == ["0.5", "0.5"]
+    assert [r["2"] for r in table(written, "training-1-by-document-position")] == ["", ""]
+    assert "tokens back" in page
+    (first, _) = table(written, "training-memory")
+    assert (first["resident on the host"], first["activations"]) == ("0.6", "")
+
+
+def test_verdicts_have_a_word_and_a_sign_and_their_reason(folder):
+    page, markdown, _ = made(folder)
+    assert "! cannot run [1]" in markdown
+    assert "no &lt;GPU&gt; here" in page
+
+
+def test_a_mask_is_drawn_if_it_is_the_recorded_one(folder):
+    page, _, _ = made(folder)
+    assert 'class="mask"' in page
+    write(folder / "k.jsonl", [RUN, kernel_cell("naive", 64, 1.0, digest="another")])
+    shutil.rmtree(folder / "cp")
+    page, _, written = made(folder)
+    assert 'class="mask"' not in page
+    assert table(written, "masks-drawn")[0]["picture"] == "False"
+
+
+def test_of_cells_measured_twice_the_last_counts(folder):
+    write(folder / "again.jsonl", [RUN, kernel_cell("naive", 64, 99.0, time=2.0)])
+    _, _, written = made(folder)
+    times = [
+        r["median ms"]
+        for r in table(written, "kernels-cells")
+        if (r["kernel"], r["tokens"]) == ("naive", "64")
+    ]
+    assert times == ["99.0"]
+
+
+def test_files_that_cannot_be_read_are_named_and_the_rest_is_shown(folder):
+    (folder / "noise.jsonl").write_bytes(bytes(range(128, 256)))
+    (folder / "empty.jsonl").write_text("")
+    write(folder / "bad.jsonl", [RUN, {**kernel_cell("naive", 64, 1.0), "seqlen": None}])
+    page, _, written = made(folder)
+    assert [name for name, _ in written.unreadable] == ["bad.jsonl", "noise.jsonl"]
+    assert "2 of 8 files cannot be read" in page
+    assert "kernels has no seqlen" in page
+
+
+def test_one_record_is_a_report(tmp_path):
+    write(tmp_path / "k.jsonl", [RUN, kernel_cell("naive", 64, 1.0)])
+    page, _, _ = made(tmp_path)
+    Checker(page)
+    assert '<rect class="f0"' in page  # a bar: one point is no line
+
+
+def test_a_thousand_records_stay_a_small_page(tmp_path):
+    cells = [kernel_cell(f"k{k}", 64 * (n + 1), 1.0 + k) for k in range(20) for n in range(50)]
+    write(tmp_path / "k.jsonl", [RUN, *cells])
+    for i in range(60):
+        write(
+            tmp_path / str(i) / "metrics.jsonl", training_run(f"k{i}", [5.0 - s / 1000 for s in range(1000)])
+        )
+    page, _, written = made(tmp_path)
+    Checker(page)
+    assert len(page) < 3_000_000
+    assert len(table(written, "kernels-cells")) == 1000
+    assert "48 more runs" in page
+
+
+def test_a_loss_that_is_no_number_is_a_gap(tmp_path):
+    write(tmp_path / "metrics.jsonl", training_run("naive", [5.0, float("nan"), 3.0]))
+    page, _, _ = made(tmp_path)
+    Checker(page)
+    assert "NaN" not in page.replace("nan", "NaN").split("<svg", 1)[1].split("</svg>", 1)[0]
+
+
+def test_a_study_shows_how_its_cells_ended(tmp_path):
+    cell = {
+        "type": "study_cell",
+        "id": "a",
+        "kind": "kernels",
+        "mask": "causal",
+        "seqlen": 64,
+        "kernel": "fa4",
+    }
+    cells = [{**cell, "status": "ok"}, {**cell, "id": "b", "status": "oom", "reason": "80 GiB"}]
+    write(tmp_path / "study.jsonl", [RUN, *cells, {**cell, "id": "c", "status": None}])
+    _, markdown, _ = made(tmp_path)
+    assert "study.jsonl: 3 cells; 1 ok, 1 oom, 1 not yet" in markdown
+
+
+@pytest.mark.parametrize(("name", "why"), [("none", "does not exist"), ("", "holds no records")])
+def test_no_records_are_one_sentence(tmp_path, name, why):
+    with pytest.raises(LcabError, match=why):
+        report.load(tmp_path / name)
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="NOT TESTED in a browser: no chromium on the PATH")
+def test_a_browser_lays_it_out(folder):
+    page, _, written = made(folder)
+    probe = (
+        "<script>document.title=JSON.stringify([document.documentElement.scrollWidth<=innerWidth,"
+        "document.querySelectorAll('svg.chart').length,[...document.querySelectorAll('svg.chart')]"
+        ".every(s=>s.getBoundingClientRect().width>100),getComputedStyle(document.body).fontSize])</script>"
+    )
+    written.page.write_text(page.replace("</body>", probe + "</body>"))
+    found = {}
+    for width in (1280, 420):
+        words = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900"]
+        done = subprocess.run(
+            [*words, "--dump-dom", written.page.as_uri()], capture_output=True, text=True, timeout=120
+        )
+        found[width] = json.loads(re.search(r"<title>(.*?)</title>", done.stdout).group(1))
+    count = page.count('class="chart"')
+    assert found[1280] == [True, count, True, "15px"]  # nothing sticks out, every chart is drawn
+    assert found[420][0] is True  # nor on a telephone: tables scroll in their boxes
