@@ -14,7 +14,7 @@ import argparse
 import logging
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,9 +33,9 @@ from lcab_plugin.adapters import deepspeed as lcab_deepspeed
 from lcab_plugin.context_parallel import collectives
 from lcab_plugin.errors import LcabError
 from lcab_plugin.masks import AttentionMask
-from lcab_plugin.training import arguments, loop
+from lcab_plugin.training import arguments, evaluation, loop
 from lcab_plugin.training.batch_mask import Window, read_window
-from lcab_plugin.training.data import PackedText, window_samples
+from lcab_plugin.training.data import Text, window_samples
 from lcab_plugin.training.gpt import NORM_EPSILON, ROPE_BASE, GPTConfig
 from lcab_plugin.training.measure import StepTimer
 from lcab_plugin.training.settings import Settings
@@ -128,7 +128,8 @@ class GPT(nn.Module):
     def forward(
         self, tokens: Tensor, labels: Tensor, positions: Tensor, mask: AttentionMask, cp: lcab.ContextParallel
     ) -> Tensor:
-        """Cross entropy of each of this rank's tokens, float32 [b, t].
+        """Cross entropy of each of this rank's tokens, float32 [b, t]; in evaluation with whether the label
+        was the likeliest token, [2, b, t].
 
         tokens, labels and positions [b, t] are this rank's rows; mask is the whole sequence's, cp its layout.
         """
@@ -140,10 +141,12 @@ class GPT(nn.Module):
         # hold different numbers of rows: ZeRO 3 gathers the head for each part.
         parts = math.ceil(len(tokens) * mask.q_len * self.config.vocab / cp.size / LOGITS_AT_ONCE)
         pairs = zip(x.tensor_split(parts, dim=1), labels.tensor_split(parts, dim=1), strict=True)
-        return torch.cat([maybe_checkpoint(parts > 1, self.losses, *pair) for pair in pairs], dim=1)
+        return torch.cat([maybe_checkpoint(parts > 1, self.losses, *pair) for pair in pairs], dim=-1)
 
     def losses(self, x: Tensor, labels: Tensor) -> Tensor:
         logits = self.head(self.norm(x)).float()
+        if not self.training:
+            return evaluation.scores(logits, labels)
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
 
 
@@ -153,45 +156,51 @@ def maybe_checkpoint(recompute: bool, function: Callable[..., Tensor], *inputs: 
 
 
 class Shard(NamedTuple):
-    """This rank's rows of one micro-batch: what the model's forward takes, and which tokens count."""
+    """This rank's rows of one micro-batch: what the model's forward takes, and marks of the tokens, [b, t]:
+    which of them count, or into which cell each falls."""
 
     inputs: tuple[Tensor, Tensor, Tensor, AttentionMask, lcab.ContextParallel]
-    loss_mask: Tensor
+    marks: Tensor
 
 
 class Trainer:
-    """One run: the engine that DeepSpeed and the plug-in made of the model, and its texts."""
+    """One run: the engine that DeepSpeed and the plug-in made of the model."""
 
     parts = ("forward", "backward", "optimizer")
 
-    def __init__(self, engine: Any, text: PackedText, validation_text: PackedText) -> None:
-        self.engine, self.text, self.validation_text = engine, text, validation_text
+    def __init__(self, engine: Any) -> None:
+        self.engine, self.cp = engine, engine.lcab.cp.size
         self.device: torch.device = engine.device
         self.identity: dict[str, Any] = {}
 
-    def read(self, step: int, text: PackedText | None = None) -> Window:
+    def attentions(self) -> Iterable[nn.Module]:
+        """The modules that the plug-in has bound."""
+        return [module for module in self.engine.module.modules() if isinstance(module, lcab.Attention)]
+
+    def read(self, step: int, text: Text) -> Window:
         """The samples of this data-parallel rank, whole."""
         engine, plugin = self.engine, self.engine.lcab
         sizes = engine.train_batch_size(), engine.train_micro_batch_size_per_gpu()
         samples = window_samples(step, *sizes, plugin.dp_rank, plugin.dp_size)
-        return read_window(text or self.text, plugin.config.mask, samples)
+        return read_window(text, plugin.config.mask, samples)
 
-    def shards(self, window: Window) -> list[Shard]:
-        """The rows of this context-parallel rank."""
+    def shards(self, window: Window, marks: Sequence[Tensor]) -> list[Shard]:
+        """The rows of this context-parallel rank; ``marks``: of each micro-batch, as its tokens."""
         shards = []
-        for batch, mask in window.batches:
+        for (batch, mask), marked in zip(window.batches, marks, strict=True):
             cp = self.engine.lcab.cp.with_layout(mask=mask)
-            tokens, labels, positions, loss_mask = (
+            tokens, labels, positions, own = (
                 cp.shard(x, dim=1).to(self.device)
-                for x in (batch.tokens, batch.labels, batch.positions, batch.loss_mask)
+                for x in (batch.tokens, batch.labels, batch.positions, marked)
             )
-            shards.append(Shard((tokens, labels, positions, mask, cp), loss_mask))
+            shards.append(Shard((tokens, labels, positions, mask, cp), own))
         return shards
 
     def step(self, window: Window, step: int, timer: StepTimer, gradients: Path | None) -> loop.Step:
         """One optimizer step."""
-        engine, shards, rate = self.engine, self.shards(window), self.engine.get_lr()[0]
-        losses = engine.lcab.window([shard.loss_mask for shard in shards])
+        engine, rate = self.engine, self.engine.get_lr()[0]
+        shards = self.shards(window, [batch.loss_mask for batch, _ in window.batches])
+        losses = engine.lcab.window([shard.marks for shard in shards])
         for shard in shards:
             with timer("forward"):
                 loss = losses.loss(engine(*shard.inputs))
@@ -204,17 +213,14 @@ class Trainer:
         return loop.Step(losses.mean(), losses.tokens, float(engine.get_global_grad_norm()), rate)
 
     @torch.no_grad()
-    def evaluate(self, batches: int) -> float:
-        """Mean loss of the unmasked tokens in the first global batches of the validation text."""
+    def tally(self, window: Window, cells: Sequence[Tensor], size: int) -> Tensor:
+        """Losses, hits and tokens of every cell, over all ranks."""
         self.engine.eval()
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for step in range(batches):
-            for shard in self.shards(self.read(step, self.validation_text)):
-                total[0] += self.engine(*shard.inputs).where(shard.loss_mask, 0.0).sum()
-                total[1] += shard.loss_mask.sum()
+        totals = torch.zeros(size, 3, dtype=torch.float64, device=self.device)
+        for shard in self.shards(window, cells):
+            totals += evaluation.tally(self.engine(*shard.inputs), shard.marks, size)
         self.engine.train()
-        loss, tokens = collectives.all_reduce_sum(total).tolist()
-        return loss / tokens
+        return collectives.all_reduce_sum(totals)
 
     def save_gradients(self, path: Path) -> None:
         """Write every parameter's gradient, averaged over all tokens, whole and not clipped."""
@@ -234,7 +240,8 @@ def prepare(args: argparse.Namespace) -> tuple[Trainer, loop.Job]:
     if args.dtype is None and not {"bf16", "fp16"} & settings.config.keys():
         args.dtype = "fp32" if get_accelerator().device_name() == "cpu" else "bf16"
     settings.apply(vars(args))
-    text, validation_text = loop.open_texts(args)
+    texts = loop.open_texts(args)
+    text = texts[0]
     config = arguments.model_config(args, text.corpus.vocab)
     model = GPT(config, args.seed, args.activation_checkpointing, args.keep_attention)
     engine, _, _, _ = lcab_deepspeed.initialize(
@@ -243,7 +250,7 @@ def prepare(args: argparse.Namespace) -> tuple[Trainer, loop.Job]:
         config=settings.config,
         lr_scheduler=None if "scheduler" in settings.config else partial(warm_up, steps=args.warmup),
     )
-    trainer = Trainer(engine, text, validation_text)
+    trainer = Trainer(engine)
     global_batch = engine.train_batch_size()
     trainer.identity = loop.identity(args, config, global_batch, text)
     first_step = 0
@@ -251,7 +258,8 @@ def prepare(args: argparse.Namespace) -> tuple[Trainer, loop.Job]:
         path, state = engine.load_checkpoint(args.resume)
         first_step = loop.require_same_run(args, trainer.identity, state if path else None)
     facts = {"data": text.corpus.facts(), **settings.resolved(engine)}
-    job = loop.Job(args, config, global_batch, settings.dtype, engine.lcab.dp_size, trainer.identity, facts)
+    dtype, dp = settings.dtype, engine.lcab.dp_size
+    job = loop.Job(args, config, global_batch, dtype, dp, trainer.identity, facts, texts)
     return trainer, replace(job, first_step=first_step, messages=settings.overrides)
 
 

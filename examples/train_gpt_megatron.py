@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -46,9 +46,9 @@ from lcab_plugin.config import AttentionConfig
 from lcab_plugin.context_parallel import collectives
 from lcab_plugin.errors import LcabError
 from lcab_plugin.masks import AttentionMask
-from lcab_plugin.training import arguments, gpt_in_megatron, loop
+from lcab_plugin.training import arguments, evaluation, gpt_in_megatron, loop
 from lcab_plugin.training.batch_mask import Window, read_window
-from lcab_plugin.training.data import PackedText, window_samples
+from lcab_plugin.training.data import Text, window_samples
 from lcab_plugin.training.gpt import NORM_EPSILON, ROPE_BASE, GPTConfig
 from lcab_plugin.training.measure import StepTimer
 from lcab_plugin.training.settings import ATTENTION
@@ -140,39 +140,54 @@ def named_parameters(part: GPTModel) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 class Shard(NamedTuple):
-    """This rank's rows of one micro-batch, [b, t], under the mask of the whole sequence."""
+    """This rank's rows of one micro-batch, [b, t], under the mask of the whole sequence. Marks say which
+    tokens count, or into which cell each falls."""
 
     tokens: Tensor
     labels: Tensor
     positions: Tensor
-    loss_mask: Tensor
+    marks: Tensor
     mask: AttentionMask
 
 
-def forward_step(shards: Iterator[Shard], model: nn.Module) -> tuple[Tensor, Any]:
-    """What Megatron's schedule calls for each micro-batch: this stage's output, and what makes it a loss."""
+Report = Callable[[Shard, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+def forward_step(
+    timer: Callable[[str], Any], report: Report, shards: Iterator[Shard], model: nn.Module
+) -> tuple[Tensor, Any]:
+    """What Megatron's schedule calls for each micro-batch: this stage's output, and what the last stage makes
+    of it: a loss, its number of tokens, and what the schedule returns."""
     shard = next(shards)
-    mask = lcab_megatron.mask_params(shard.mask)
-    output = model(shard.tokens, shard.positions, None, labels=shard.labels, packed_seq_params=mask)
-    return output, partial(summed_loss, shard.loss_mask)
+    mask, labels = lcab_megatron.mask_params(shard.mask), shard.labels if model.training else None
+    with timer("forward"):
+        output = model(shard.tokens, shard.positions, None, labels=labels, packed_seq_params=mask)
+    return output, partial(report, shard)
 
 
-def summed_loss(loss_mask: Tensor, per_token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def summed_loss(shard: Shard, per_token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sum over this rank's unmasked tokens, their number, and both for the record."""
-    total, tokens = per_token.float().where(loss_mask, 0.0).sum(), loss_mask.count_nonzero()
+    total, tokens = per_token.float().where(shard.marks, 0.0).sum(), shard.marks.count_nonzero()
     return total, tokens.int(), torch.stack((total.detach().double(), tokens.double()))
 
 
-class Trainer:
-    """One run: this rank's part of the model, Megatron's optimizer over it, and the texts."""
+def tallied(size: int, shard: Shard, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The tally of this rank's tokens in ``size`` cells; ``logits [b, t, vocabulary / tp]``."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    totals = evaluation.tally(evaluation.scores(logits.float(), shard.labels, group), shard.marks, size)
+    return totals[:, 0].sum(), totals[:, 2].sum().int(), totals
 
-    parts = ("schedule", "optimizer")  # the schedule interleaves forward and backward passes
+
+class Trainer:
+    """One run: this rank's part of the model, and Megatron's optimizer over it."""
+
+    parts = ("schedule", "forward", "optimizer")  # the schedule interleaves forward and backward passes
 
     def __init__(
-        self, args: argparse.Namespace, part: GPTModel, attention: AttentionConfig, texts: list[PackedText]
+        self, args: argparse.Namespace, model: GPTConfig, part: GPTModel, attention: AttentionConfig
     ) -> None:
-        self.args, self.part, self.attention, self.texts = args, part, attention, texts
-        self.device = device()
+        self.args, self.model, self.part, self.attention = args, model, part, attention
+        self.device, self.cp = device(), part.config.context_parallel_size
         self.identity: dict[str, Any] = {}
         self.dp = parallel_state.get_data_parallel_world_size()
         self.replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -200,32 +215,38 @@ class Trainer:
         )
         self.optimizer = get_megatron_optimizer(settings, [self.ddp])
 
-    def read(self, step: int, text: PackedText | None = None) -> Window:
+    def attentions(self) -> list[nn.Module]:
+        """The modules that the plug-in put into this part."""
+        return [module for module in self.part.modules() if isinstance(module, lcab_megatron.CoreAttention)]
+
+    def read(self, step: int, text: Text) -> Window:
         """The samples of this data-parallel rank, whole."""
         sizes, rank = (self.args.global_batch, self.args.micro_batch), parallel_state.get_data_parallel_rank()
         samples = window_samples(step, *sizes, rank, self.dp)
-        return read_window(text or self.texts[0], self.attention.mask, samples)
+        return read_window(text, self.attention.mask, samples)
 
-    def run_schedule(self, window: Window, train: bool) -> Tensor:
-        """Megatron's schedule over the micro-batches; [sum of losses, unmasked tokens] over all ranks."""
-        size, rank = self.part.config.context_parallel_size, parallel_state.get_context_parallel_rank()
-        shards = []
-        for batch, mask in window.batches:
-            cut = layout.make("zigzag", size, mask.q_len)
-            rows = (batch.tokens, batch.labels, batch.positions, batch.loss_mask)
+    def run_schedule(
+        self, window: Window, marks: Sequence[Tensor], step: partial[tuple[Tensor, Any]], *shape: int
+    ) -> Tensor:
+        """Megatron's schedule over the micro-batches, each marked; the sum of what the last stage reports,
+        of that shape, over all ranks."""
+        rank, shards = parallel_state.get_context_parallel_rank(), []
+        for (batch, mask), marked in zip(window.batches, marks, strict=True):
+            cut = layout.make("zigzag", self.cp, mask.q_len)
+            rows = (batch.tokens, batch.labels, batch.positions, marked)
             shards.append(Shard(*(cut.shard(x, rank, dim=1).to(self.device) for x in rows), mask))
         batch, mask = window.batches[0]
         with lcab_megatron.keep_attention() if self.args.keep_attention else nullcontext():
             reports = get_forward_backward_func()(
-                forward_step_func=forward_step,
+                forward_step_func=step,
                 data_iterator=iter(shards),
                 model=[self.ddp],
                 num_microbatches=len(shards),
                 seq_length=mask.q_len,
                 micro_batch_size=len(batch.tokens),
-                forward_only=not train,
+                forward_only=not self.ddp.training,
             )
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        total = torch.zeros(shape, dtype=torch.float64, device=self.device)
         if reports and parallel_state.get_tensor_model_parallel_rank() == 0:  # the last stage's
             total += torch.stack(reports).sum(0)
         return collectives.all_reduce_sum(total)
@@ -235,8 +256,10 @@ class Trainer:
         rate = self.args.lr * loop.warm(step, self.args.warmup)
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
+        marks = [batch.loss_mask for batch, _ in window.batches]
         with timer("schedule"):
-            total, tokens = self.run_schedule(window, train=True).tolist()
+            forward = partial(forward_step, timer, summed_loss)
+            total, tokens = self.run_schedule(window, marks, forward, 2).tolist()
         if gradients is not None:
             self.save_gradients(gradients)
         with timer("optimizer"):
@@ -246,13 +269,13 @@ class Trainer:
         return loop.Step(total / tokens if tokens else float("nan"), int(tokens), float(norm), rate)
 
     @torch.no_grad()
-    def evaluate(self, batches: int) -> float:
-        """Mean loss of the unmasked tokens in the first global batches of the validation text."""
+    def tally(self, window: Window, cells: Sequence[Tensor], size: int) -> Tensor:
+        """Losses, hits and tokens of every cell, over all ranks."""
         self.ddp.eval()
-        totals = [self.run_schedule(self.read(step, self.texts[1]), train=False) for step in range(batches)]
+        forward = partial(forward_step, nullcontext, partial(tallied, size))
+        totals = self.run_schedule(window, cells, forward, size, 3)
         self.ddp.train()
-        loss, tokens = torch.stack(totals).sum(0).tolist()
-        return loss / tokens
+        return totals
 
     def save_gradients(self, path: Path) -> None:
         """Write every parameter's gradient, averaged over all tokens, whole and not clipped, by the names of
@@ -267,7 +290,7 @@ class Trainer:
         alone = collectives.rank(self.replicas) == 0
         tp_rank = parallel_state.get_tensor_model_parallel_rank()
         parts = [part for part in collectives.all_gather_object((tp_rank, held) if alone else None) if part]
-        loop.save_whole(gpt_in_megatron.merge(parts, model_of(self.args, self.texts[0])), path)
+        loop.save_whole(gpt_in_megatron.merge(parts, self.model), path)
 
     def files(self, directory: str, done: int) -> tuple[Path, Path]:
         """This rank's part of the model, the same for all its replicas, and its part of the optimizer."""
@@ -324,23 +347,13 @@ def masters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 def device() -> torch.device:
     """This rank's."""
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
-
-
-def model_of(args: argparse.Namespace, text: PackedText) -> GPTConfig:
-    """The shape of the model."""
-    return arguments.model_config(args, text.corpus.vocab)
+    return torch.device(torch.cuda.current_device() if torch.cuda.is_available() else "cpu")
 
 
 def join(args: argparse.Namespace, attention: AttentionConfig) -> int:
     """Meet the other ranks and make Megatron's groups; returns the number of context-parallel ranks."""
-    if "WORLD_SIZE" not in os.environ:  # no launcher: alone; port 0 is any that is free
-        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
-        os.environ.update({name: str(value) for name, value in alone.items()})
+    if "WORLD_SIZE" not in os.environ:  # no launcher
+        collectives.describe_world_of_one(os.environ)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         collectives.join("nccl", TIMEOUT)
@@ -364,13 +377,14 @@ def prepare(args: argparse.Namespace) -> tuple[Trainer, loop.Job]:
     given = {key: getattr(args, key) for key in ATTENTION if getattr(args, key) is not None}
     attention = AttentionConfig.from_dict({"mask": "causal_document", **given})
     cp = join(args, attention)
-    texts = list(loop.open_texts(args))
-    model, tp, pp = model_of(args, texts[0]), args.tensor_parallel, args.pipeline_parallel
+    texts = loop.open_texts(args)
+    model = arguments.model_config(args, texts[0].corpus.vocab)
+    tp, pp = args.tensor_parallel, args.pipeline_parallel
     gpt_in_megatron.require_degrees(model, args.seqlen, tp, pp, cp, args.sequence_parallel)
     part = build(args, model, transformer_config(args, model, cp), attention).to(device())
-    trainer = Trainer(args, part, attention, texts)
+    trainer = Trainer(args, model, part, attention)
     slots = collectives.all_gather_object(lcab_megatron.describe(part))
-    plugged = next(m for m in part.modules() if isinstance(m, lcab_megatron.CoreAttention)).plug.cp
+    plugged = trainer.attentions()[0].plug.cp
     facts = {
         "framework": "megatron",
         "data": texts[0].corpus.facts(),
@@ -390,18 +404,9 @@ def prepare(args: argparse.Namespace) -> tuple[Trainer, loop.Job]:
     trainer.identity = loop.identity(args, model, args.global_batch, texts[0])
     trainer.identity |= {"tensor_parallel": tp, "pipeline_parallel": pp, "optimizer_shards": shards}
     first_step = trainer.resume() if args.resume else 0
-    job = loop.Job(
-        args,
-        model,
-        args.global_batch,
-        args.dtype,
-        trainer.dp,
-        trainer.identity,
-        facts,
-        first_step,
-        [f"lcab_plugin: {line}" for line in slots[0]],
-    )
-    return trainer, job
+    lines = [f"lcab_plugin: {line}" for line in slots[0]]
+    rest = trainer.dp, trainer.identity, facts, texts, first_step, lines
+    return trainer, loop.Job(args, model, args.global_batch, args.dtype, *rest)
 
 
 def parse_args() -> argparse.Namespace:

@@ -19,11 +19,13 @@ from lcab_plugin.bench.cells import Record
 from lcab_plugin.bench.cp import Settings
 from lcab_plugin.bench.launch import launch
 from lcab_plugin.errors import LcabError
+from lcab_plugin.training import records
 from lcab_plugin.training.records import RunLog
 
 # The ranks' whole script: a module that is run by its path would put its folder first on sys.path.
 _SCRIPT = """import sys
 sys.path.insert(0, {root!r})
+sys.argv = {command!r}
 from lcab_plugin.bench import cp_launch
 cp_launch.rank_main({job!r}, {settings!r}, {out!r})
 """
@@ -73,7 +75,8 @@ def measure(
             asked, script = Path(folder) / "settings.json", Path(folder) / "rank.py"
             asked.write_text(settings.to_json())
             root = str(Path(cp.__file__).resolve().parents[2])
-            words = {"job": settings.job, "settings": str(asked), "out": str(out.resolve())}
+            words: dict[str, Any] = {"job": settings.job, "settings": str(asked), "out": str(out.resolve())}
+            words["command"] = records.command()  # of this process: the ranks' record says how to repeat it
             script.write_text(_SCRIPT.format(root=root, **words))
             outcome = launch(
                 script,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -24,16 +24,17 @@ from lcab_plugin.bench import accuracy, cells, contenders, cp_volume, timing, tr
 from lcab_plugin.bench.accuracy import Case
 from lcab_plugin.bench.cells import Record
 from lcab_plugin.bench.cp import SINGLE, Settings, degrees
+from lcab_plugin.bench.cp_counts import MEMORY, Counts, Recorder
 from lcab_plugin.bench.cp_ranks import RankLostError, SlowestRank, or_lost
 from lcab_plugin.bench.settings import DTYPES
 from lcab_plugin.bench.trial import Ending, Machine
 from lcab_plugin.context_parallel import ContextParallel, collectives, context_parallel
 from lcab_plugin.errors import LcabError
-from lcab_plugin.kernels.contract import Kernel, KernelOptions, accumulation_dtype
-from lcab_plugin.training import records
+from lcab_plugin.kernels.contract import KernelOptions, accumulation_dtype
+from lcab_plugin.training import machine, records
 from lcab_plugin.training.records import RunLog
 
-_NO_PEAK = "not measured: torch counts no allocations on the CPU, and a process's peak never falls"
+_NO_PEAK = "not measured: torch counts no allocations on the CPU"
 _RESULTS = ("out", "dq", "dk", "dv")
 
 
@@ -59,39 +60,12 @@ class Reference(Protocol):
         """Of ``out``, ``dq``, ``dk``, ``dv`` of the whole sequence: largest difference over largest value."""
 
 
-class Recorder:
-    """A kernel that keeps every call made of it, to be made again without anything around it."""
-
-    def __init__(self, kernel: Kernel) -> None:
-        self._kernel = kernel
-        self.calls: dict[str, list[Callable[[], Any]]] = {"fwd": [], "bwd": []}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._kernel, name)
-
-    def forward(self, *arguments: Any) -> Any:
-        """The kernel's, kept."""
-        self.calls["fwd"].append(partial(self._kernel.forward, *arguments))
-        return self._kernel.forward(*arguments)
-
-    def backward(self, *arguments: Any) -> Any:
-        """The kernel's, kept."""
-        self.calls["bwd"].append(partial(self._kernel.backward, *arguments))
-        return self._kernel.backward(*arguments)
-
-    def again(self, step: str) -> None:
-        """The kernel calls of a pass, one after another."""
-        with torch.no_grad():
-            for call in (call for part in step.split("+") for call in self.calls[part]):
-                call()
-
-
 @dataclass
 class Entry:
     """A strategy under a layout, or the single process (``cp`` None), among those of one mask and length.
 
     ``case``: this rank's shards under the global mask; None where this rank has nothing to do. ``attend``:
-    the public call on them. ``ended``: why passes are not measured. ``sent``, ``peaks``: of this rank, by
+    the public call on them. ``ended``: why passes are not measured. ``sent``, ``memory``: of this rank, by
     pass.
     """
 
@@ -103,7 +77,7 @@ class Entry:
     ended: dict[str, Ending] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     sent: dict[str, int] = field(default_factory=dict)
-    peaks: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, dict[str, float]] = field(default_factory=dict)
     recorder: Recorder | None = None
 
     @property
@@ -130,12 +104,17 @@ class Bench:
 
     def run(self, log: RunLog) -> list[Record]:
         """All cells; rank 0 writes each to ``log`` once it is known."""
-        log.write("run", **self.environment)
+        floor = timing.noise_of(self.machine.device, self.clock)
+        settings = {"job": self.settings.job, **asdict(self.settings)}
+        log.write("run", **self.environment, **floor.record(), settings=settings, limits=asdict(self.limits))
+        log.write("next", at=str(floor))
         found = []
         for mask, seqlen in self.settings.groups:
             for record in self.group(mask, seqlen, log):
                 log.write("cell", **record)
                 found.append(record)
+            if self.rank == 0:
+                log.write("machine", after=f"{mask} {seqlen}", **machine.state(self.machine.device))
         return found
 
     def group(self, name: str, seqlen: int, log: RunLog) -> Iterator[Record]:
@@ -301,30 +280,19 @@ class Bench:
         return [out.detach(), *(torch.autograd.grad(out, leaves, case.dout) if backward else ())]
 
     def _count(self, entry: Entry) -> None:
-        """Bytes sent and memory above the tensors given, of a second call: the first also compared settings
-        and compiled."""
-        case, cuda, device = entry.case, self.machine.cuda, self.machine.device
+        """Bytes sent and memory of a second call: the first also compared settings and compiled."""
+        case = entry.case
         if case is None:
             return
-        attend = entry.bound()
-        base = torch.cuda.memory_allocated(device) if cuda else 0
-
-        def count(step: str, call: Callable[[], Any]) -> Any:
-            collectives.reset_bytes()
-            if cuda:
-                torch.cuda.reset_peak_memory_stats(device)
-            result = call()
-            self.machine.clock.wait()
-            entry.sent[step] = sum(collectives.bytes_sent().values())
-            entry.peaks[step] = (torch.cuda.max_memory_allocated(device) - base) / 2**30 if cuda else 0.0
-            return result
-
+        attend, counts = entry.bound(), Counts(self.machine)
         if self.settings.passes != ("fwd",):
-            backward = count("fwd", lambda: trial.call(attend, case, "bwd"))
-            count("bwd", backward)
-            entry.sent["fwd+bwd"] = entry.sent["fwd"] + entry.sent["bwd"]
-            entry.peaks["fwd+bwd"] = max(entry.peaks["fwd"], entry.peaks["bwd"])
-        count("fwd", trial.call(attend, case, "fwd"))
+            backward = counts.count("fwd", lambda: trial.call(attend, case, "bwd"))
+            counts.count("bwd", backward)
+            counts.join()
+        counts.count("fwd", trial.call(attend, case, "fwd"))
+        if entry.recorder is not None:
+            counts.split(entry.recorder)
+        entry.sent, entry.memory = counts.sent, counts.memory
 
     def _calls(self, racing: Sequence[Entry], step: str) -> dict[str, timing.Call]:
         """What takes turns: every entry, then the strategies' kernel calls."""
@@ -343,7 +311,7 @@ class Bench:
         """The times and what follows from them."""
         result, shape, step = found[entry.name], self.settings.shape, record["pass"]
         ranks = 1 if entry.strategy == SINGLE else self.settings.world
-        record |= times(result)
+        record |= result.record()
         pairs = record["area"] * shape.batch * shape.heads
         flops = cells.rates(step, result.median, pairs, shape.head_dim)["tflops"]
         record["tflops_per_rank"] = flops / ranks if flops is not None else None
@@ -403,10 +371,11 @@ class Bench:
         names = _RESULTS[:1] if step == "fwd" else _RESULTS
         record |= {f"error_{name}": entry.errors.get(name) for name in names}
         record["error_samples"] = right.what if right is not None else None
-        counted = collectives.all_gather_object((entry.sent.get(step), entry.peaks.get(step)))
+        counted = collectives.all_gather_object((entry.sent.get(step), entry.memory.get(step, {})))
         record["peak_memory_note"] = None if self.machine.cuda else _NO_PEAK
-        if self.machine.cuda:
-            record["peak_memory_gib"] = max(peak for _, peak in counted if peak is not None)
+        for name in MEMORY:
+            if name in record:
+                record[name] = max((memory[name] for _, memory in counted if name in memory), default=None)
         if cp is not None and "sent_bytes" in record:
             record["sent_bytes"] = max(sent for sent, _ in counted)
             record["closed_form_bytes"] = self._closed_form(cp, mask, step)
@@ -427,13 +396,6 @@ class Bench:
             )
             for rank in range(cp.size)
         )
-
-
-def times(taken: timing.Timing) -> Record:
-    """Milliseconds as a record has them."""
-    names = "median", "p10", "p90", "min"
-    found = {f"{name}_ms": getattr(taken, name) for name in names}
-    return {**found, "repeats": taken.repeats, "relative_ci": taken.relative_ci}
 
 
 class _WrongError(Exception):

@@ -34,11 +34,14 @@ def sent_bytes(
     call: Call,
     rank: int,
     backward: bool,
+    keys: Layout | None = None,
 ) -> int:
     """Bytes that ``rank`` sends to other ranks in a forward, or in a backward.
 
-    ``axes``: the size of each, innermost first, as ``ContextParallel.degrees`` has them.
+    ``axes``: the size of each, innermost first, as ``ContextParallel.degrees`` has them. ``keys``: the layout
+    of keys and values where it is not the queries'.
     """
+    keys = layout if keys is None else keys
     held = [rank]
     kv_heads, total = call.kv_heads, 0
     if "ulysses" in axes:
@@ -46,7 +49,8 @@ def sent_bytes(
         own = held.index(rank)
         q_dealt, kv_dealt = dealt(call.heads, call.kv_heads, len(held))
         kv_heads = kv_dealt[own]
-        total += _ulysses(call, layout, held, own, q_dealt, kv_dealt, backward)
+        sides = (q_dealt, list(map(layout.length, held))), (kv_dealt, list(map(keys.length, held)))
+        total += _ulysses(call, *sides, own, backward)
     rings = [name for name in axes if name != "ulysses"]
     if not rings:
         return total
@@ -56,12 +60,12 @@ def sent_bytes(
         return tuple(_line(axes, "ulysses", r))
 
     def tokens(r: int) -> int:
-        return sum(map(layout.length, block(r)))
+        return sum(map(keys.length, block(r)))
 
     rows = _Rows(call.batch * kv_heads * (call.dim + call.value_dim), call.itemsize, call.sum_itemsize)
     places = _line(axes, rings[0], rank)
     if strategy == "group_cast":
-        moved = _cast(layout, mask, list(map(block, places)), places.index(rank))
+        moved = _cast(layout, keys, mask, list(map(block, places)), places.index(rank))
     elif strategy == "ring_all_gather":
         padded = (len(places) - 1) * max(map(tokens, places))
         moved = padded, padded
@@ -80,9 +84,8 @@ def _hops(
     line = _line(axes, rings[0], rank)
     inside = [_hops(axes, rings[1:], r, tokens) for r in line]
     whole = sum(map(tokens, line))
-    # every block is passed on but the one that would come home; every block's gradient comes home
-    keys = whole - tokens(line[(line.index(rank) + 1) % len(line)])
-    gradients = whole if len(line) > 1 else 0
+    # every block is passed on but the one that would come home, and every block's gradient but the own
+    keys, gradients = whole - tokens(line[(line.index(rank) + 1) % len(line)]), whole - tokens(rank)
     return keys + sum(k for k, _ in inside), gradients + sum(g for _, g in inside)
 
 
@@ -112,34 +115,36 @@ def dealt(heads: int, kv_heads: int, ranks: int) -> tuple[list[int], list[int]]:
 
 def _ulysses(
     call: Call,
-    layout: Layout,
-    held: Sequence[int],
+    queries: tuple[Sequence[int], Sequence[int]],
+    keys: tuple[Sequence[int], Sequence[int]],
     own: int,
-    q_dealt: Sequence[int],
-    kv_dealt: Sequence[int],
     backward: bool,
 ) -> int:
-    """Own tokens of the others' heads go out, and the others' tokens of the own heads."""
-    tokens = [layout.length(r) for r in held]
-    mine, others = tokens[own], sum(tokens) - tokens[own]
+    """Own tokens of the others' heads go out, and the others' tokens of the own heads. ``queries``, ``keys``:
+    the heads that are dealt to every rank, and the tokens it holds."""
+
+    def to_heads(side: tuple[Sequence[int], Sequence[int]]) -> int:
+        heads, tokens = side
+        return tokens[own] * (sum(heads) - heads[own])
+
+    def to_tokens(side: tuple[Sequence[int], Sequence[int]]) -> int:
+        heads, tokens = side
+        return (sum(tokens) - tokens[own]) * heads[own]
+
     q, v = call.dim, call.value_dim
-
-    def inputs(i: int) -> int:
-        """Elements of q, k and v of a token."""
-        return q_dealt[i] * q + kv_dealt[i] * (q + v)
-
-    away = [i for i in range(len(held)) if i != own]
     if backward:  # dout to heads; dq, dk, dv to tokens
-        elements = mine * sum(q_dealt[i] * v for i in away) + others * inputs(own)
+        elements = to_heads(queries) * v + to_tokens(queries) * q + to_tokens(keys) * (q + v)
     else:  # q, k, v to heads; out to tokens
-        elements = mine * sum(map(inputs, away)) + others * q_dealt[own] * v
+        elements = to_heads(queries) * q + to_heads(keys) * (q + v) + to_tokens(queries) * v
     return call.batch * elements * call.itemsize
 
 
-def _cast(layout: Layout, mask: AttentionMask, blocks: Sequence[tuple[int, ...]], at: int) -> tuple[int, int]:
+def _cast(
+    layout: Layout, keys: Layout, mask: AttentionMask, blocks: Sequence[tuple[int, ...]], at: int
+) -> tuple[int, int]:
     """Rows of keys that this rank's peers need of it, and that it needs of them."""
-    rows = [layout.rows(block) for block in blocks]
-    needed = [mask.needed_keys(r) for r in rows]
+    rows = [keys.rows(block) for block in blocks]
+    needed = [mask.needed_keys(layout.rows(block)) for block in blocks]
     away = [i for i in range(len(blocks)) if i != at]
     return (
         sum(_common(needed[i], rows[at]) for i in away),

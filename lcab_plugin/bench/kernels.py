@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -24,12 +24,12 @@ from lcab_plugin.bench.contenders import Contender
 from lcab_plugin.bench.settings import DTYPES, Settings, default_parameters
 from lcab_plugin.bench.trial import Ending, Entry, Machine
 from lcab_plugin.errors import LcabError
-from lcab_plugin.training import records
+from lcab_plugin.training import machine, records
 from lcab_plugin.training.records import RunLog
 
 Found = dict[str, timing.Timing | Exception]
 
-_NO_PEAK = "not measured: torch counts no allocations on the CPU, and a process's peak never falls"
+_NO_PEAK = "not measured: torch counts no allocations on the CPU"
 
 
 def run(
@@ -49,7 +49,10 @@ def run(
     known = list(recorded)
     settled = {cells.key(record) for record in known if cells.settled(record)}
     bench = _Bench(settings, known)
-    log.write("run", **bench.environment, **bench.noise)
+    log.write(
+        "run", **bench.environment, **bench.noise, settings=asdict(settings), limits=asdict(bench.limits)
+    )
+    watch(str(bench.floor))
     for mask, seqlen in settings.groups:
         watch(f"{mask} {seqlen}")
         for record in bench.group(mask, seqlen, settled):
@@ -60,6 +63,7 @@ def run(
                     f"the device does not answer after {record['kernel']}, {mask} {seqlen}, {record['pass']} "
                     f"({record['reason']}); --resume goes on without that cell."
                 )
+        log.write("machine", after=f"{mask} {seqlen}", **machine.state(bench.machine.device))
 
 
 class _Bench:
@@ -69,7 +73,8 @@ class _Bench:
         self.settings, self.machine = settings, Machine(settings.device)
         self.limits = timing.Limits(seconds=settings.cell_seconds)
         self.environment = records.environment(self.machine.device)
-        self.noise = self._noise()
+        self.floor = timing.noise_of(self.machine.device, self.machine.clock)
+        self.noise = self.floor.record()
         shape = settings.shape
         self.same: Record = {
             **{name: getattr(shape, name) for name in ("batch", "heads", "kv_heads", "head_dim", "dtype")},
@@ -227,8 +232,7 @@ class _Bench:
     def _fill(self, record: Record, result: timing.Timing, found: Found) -> None:
         """The times and what follows from them."""
         step, shape = record["pass"], self.settings.shape
-        record |= {f"{name}_ms": getattr(result, name) for name in ("median", "p10", "p90", "min")}
-        record |= {"repeats": result.repeats, "relative_ci": result.relative_ci}
+        record |= result.record()
         pairs = record["area"] * shape.batch * shape.heads
         record |= cells.rates(step, result.median, pairs, shape.head_dim)
         unit = record["ns_per_1000_cells"]
@@ -298,11 +302,6 @@ class _Bench:
             self.longest[kernel, mask, step] = record
         if mask == "causal":
             self.causal[kernel, record["seqlen"], step] = record["ns_per_1000_cells"]
-
-    def _noise(self) -> Record:
-        x = torch.randn(512, 512, device=self.machine.device)
-        floor = timing.noise_floor(lambda: x @ x, self.machine.clock, timing.Limits(seconds=0.2))
-        return {"noise_empty_ms": floor.empty_ms, "noise_same_relative": floor.same_relative}
 
 
 def _control(kernel: str) -> str:

@@ -185,7 +185,7 @@ class PeersBench(cp_measure.Bench):
         ranks, single = self.settings.world, f"{SINGLE}/None"
         least, low, median, high = np.percentile(self._slowest(entry.name, found), [0, 10, 50, 90]).tolist()
         mine = found[entry.name]
-        record |= cp_measure.times(mine)
+        record |= mine.record()
         record |= {"cpu_ms": median, "cpu_p10_ms": low, "cpu_p90_ms": high, "cpu_min_ms": least}
         record["load"] = os.getloadavg()[0]
         if single not in found:

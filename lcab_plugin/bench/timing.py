@@ -1,5 +1,6 @@
-"""The one way anything here is timed: several callables in turn (A B C A B C ...), so that their ratios hold
-on a machine whose speed drifts.
+"""How benchmarks time: several callables in turn (A B C, C A B ...), so that their ratios hold on a machine
+whose speed drifts. Every round has an order of its own, drawn from a fixed seed, so that none always runs in
+the caches and clocks that the same other one left, and all ranks of a group agree.
 
 A measurement warms up, then repeats until the 95% confidence interval of every median is as narrow as asked
 for, or a callable's time is spent. On CUDA every repeat starts with a cold L2 cache and a GPU that is kept
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,8 +20,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
 import torch
+
+from lcab_plugin.training import measure as core
+from lcab_plugin.training.measure import Timing, relative_ci, summary
 
 Call = Callable[[], Any]
 
@@ -41,18 +45,7 @@ class Limits:
     min_repeats: int = 6
     max_repeats: int = 200
     warm_up: int = 2
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Milliseconds of one callable. ``relative_ci`` is None for a single repeat."""
-
-    median: float
-    p10: float
-    p90: float
-    min: float
-    repeats: int
-    relative_ci: float | None
+    seed: int = 0  # of the order in each round
 
 
 @dataclass(frozen=True)
@@ -63,46 +56,35 @@ class NoiseFloor:
     empty_ms: float
     same_relative: float
 
+    def record(self) -> dict[str, float]:
+        """As a record has it."""
+        return {"noise_empty_ms": self.empty_ms, "noise_same_relative": self.same_relative}
 
-class Clock(Protocol):
-    """Where time is read. Marks are set in the course of work and turned into ms once `wait` has returned."""
+    def __str__(self) -> str:
+        return f"noise floor: {self.empty_ms:.2g} ms, and {self.same_relative:.1%} between equal calls"
+
+
+class Clock(core.Clock, Protocol):
+    """Where the time of repeats is read."""
 
     def prepare(self, host_seconds: float) -> None:
         """Bring the device to the state in which a repeat starts; not timed."""
 
-    def mark(self) -> Any:
-        """This moment."""
 
-    def wait(self) -> None:
-        """Until all work is done."""
-
-    def elapsed_ms(self, begin: Any, end: Any) -> float:
-        """Between two marks."""
-
-
-class HostClock:
-    """`time.perf_counter`: for work that is done when the call returns. Caches are left as they are."""
+class HostClock(core.HostClock):
+    """Caches are left as they are."""
 
     def prepare(self, host_seconds: float) -> None:
         pass
 
-    def mark(self) -> float:
-        return time.perf_counter()
 
-    def wait(self) -> None:
-        pass
-
-    def elapsed_ms(self, begin: float, end: float) -> float:
-        return (end - begin) * 1e3
-
-
-class CudaClock:
-    """Events on the current stream; the L2 cache is overwritten (twice its size) before every repeat."""
+class CudaClock(core.EventClock):
+    """The L2 cache is overwritten (twice its size) before every repeat."""
 
     def __init__(self, device: torch.device | str) -> None:
-        self._device = torch.device(device)
-        size = 2 * torch.cuda.get_device_properties(self._device).L2_cache_size
-        self._buffer = torch.empty(max(size, 1 << 20), dtype=torch.uint8, device=self._device)
+        super().__init__(device)
+        size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+        self._buffer = torch.empty(max(size, 1 << 20), dtype=torch.uint8, device=device)
         self._flush_seconds = 1e-5
         for _ in range(3):  # the first writes pay for loading the kernel
             begin, _, end = self.mark(), self._buffer.zero_(), self.mark()
@@ -114,17 +96,6 @@ class CudaClock:
         busy = min(1.5 * host_seconds, _FLUSH_SECONDS)
         for _ in range(max(1, math.ceil(busy / self._flush_seconds))):
             self._buffer.zero_()
-
-    def mark(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
-        return event
-
-    def wait(self) -> None:
-        torch.cuda.synchronize(self._device)
-
-    def elapsed_ms(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
-        return begin.elapsed_time(end)
 
 
 def clock(device: torch.device | str) -> Clock:
@@ -142,6 +113,7 @@ def measure(
     """
     limits = limits or Limits()
     runs = {name: _Run(call) for name, call in calls.items()}
+    order = random.Random(limits.seed)
     with _no_garbage_collection():
         for run in runs.values():
             _warm_up(run, clock, limits)
@@ -149,9 +121,15 @@ def measure(
             active = [run for run in runs.values() if run.open(limits)]
             if all(run.converged(limits) for run in active):
                 break
-            _batch(active, min(run.rounds(limits) for run in active), clock)
+            _batch(active, min(run.rounds(limits) for run in active), clock, order)
             gc.collect(1)  # the young only: cycles that hold a call's tensors
-    return {name: run.failure or _summary(run.times) for name, run in runs.items()}
+    return {name: run.failure or summary(run.times) for name, run in runs.items()}
+
+
+def noise_of(device: torch.device | str, clock: Clock) -> NoiseFloor:
+    """The noise floor of a device, by a product of small matrices."""
+    x = torch.randn(512, 512, device=device)
+    return noise_floor(lambda: x @ x, clock, Limits(seconds=0.2))
 
 
 def noise_floor(call: Call, clock: Clock, limits: Limits | None = None) -> NoiseFloor:
@@ -242,11 +220,11 @@ def _warm_up(run: _Run, clock: Clock, limits: Limits) -> None:
             return
 
 
-def _batch(runs: list[_Run], rounds: int, clock: Clock) -> None:
-    """The rotation, `rounds` times, then one synchronisation and the times."""
+def _batch(runs: list[_Run], rounds: int, clock: Clock, order: random.Random) -> None:
+    """All in turn, `rounds` times, then one synchronisation and the times."""
     marks: list[tuple[_Run, Any, Any]] = []
     for _ in range(rounds):
-        for run in runs:
+        for run in order.sample(runs, len(runs)):
             if run.failure is not None:
                 continue
             clock.prepare(run.host_seconds)
@@ -262,27 +240,6 @@ def _batch(runs: list[_Run], rounds: int, clock: Clock) -> None:
         took = clock.elapsed_ms(begin, end)
         run.times.append(took)
         run.spent += took * 1e-3
-
-
-def _summary(times: list[float]) -> Timing:
-    p10, median, p90 = np.percentile(times, [10, 50, 90]).tolist()
-    return Timing(median, p10, p90, min(times), len(times), relative_ci(times))
-
-
-def relative_ci(times: list[float]) -> float | None:
-    """Half the width of the median's 95% confidence interval over the median, by order statistics: it holds
-    whatever the times' distribution. The whole range below 6 times; None for one."""
-    n = len(times)
-    if n < 2:
-        return None
-    ordered = sorted(times)
-    reach = 1.96 * math.sqrt(n) / 2
-    low = max(0, math.floor((n - 1) / 2 - reach))
-    high = min(n - 1, math.ceil((n - 1) / 2 + reach))
-    width, median = ordered[high] - ordered[low], statistics.median(ordered)
-    if not width:
-        return 0.0
-    return 0.5 * width / median if median else math.inf
 
 
 @contextmanager

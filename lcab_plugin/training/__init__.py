@@ -1,4 +1,4 @@
 """What a training program needs around the model: text, masks of batches, measurements, records, display.
 
-Only ``loop`` talks to other processes; elsewhere ranks and world sizes are arguments.
+Only ``loop`` and ``evaluation`` talk to other processes; elsewhere ranks and world sizes are arguments.
 """

@@ -70,6 +70,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     add("--out", metavar="DIR", default="runs", help="records go to DIR/NAME/metrics.jsonl (%(default)s)")
     add("--eval-every", type=int, default=0, metavar="N", help="steps between validations; the end has one")
     add("--eval-batches", type=int, default=2, metavar="N", help="global batches of one; 0 for none (2)")
+    add("--recall", type=int, default=0, metavar="N", help="samples of the recall task at the end (none)")
     add("--save", metavar="DIR", help="write checkpoints there, the last at the end")
     add("--save-every", type=int, default=0, metavar="N", help="and one every so many steps")
     add("--resume", metavar="DIR", help="go on from the latest checkpoint there")

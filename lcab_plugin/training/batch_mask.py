@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lcab_plugin.masks import AttentionMask, from_name, needs_lengths
-from lcab_plugin.training.data import Batch, Ints, PackedText
+from lcab_plugin.training.data import Batch, Ints, Text
 
 
 class Window(NamedTuple):
@@ -22,7 +22,7 @@ class Window(NamedTuple):
     area: int  # (query, key) pairs that attend in them
 
 
-def read_window(text: PackedText, family: str, samples: Iterable[list[int]]) -> Window:
+def read_window(text: Text, family: str, samples: Iterable[list[int]]) -> Window:
     """The micro-batches of these samples under masks of a family."""
     batches: list[tuple[Batch, AttentionMask]] = []
     digests: dict[int, str] = {}

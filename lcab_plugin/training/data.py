@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -180,6 +180,13 @@ class Batch:
     positions: Tensor
     lengths: tuple[Ints, ...]
     digests: dict[int, str]
+
+
+class Text(Protocol):
+    """What samples are read from."""
+
+    def batch(self, samples: Sequence[int]) -> Batch:
+        """The samples of these numbers."""
 
 
 class PackedText:

@@ -5,22 +5,29 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import Tensor, nn
 
 from lcab_plugin.context_parallel import collectives
 from lcab_plugin.errors import LcabError
+from lcab_plugin.training import machine
 from lcab_plugin.training.batch_mask import Window
-from lcab_plugin.training.data import PackedText, batch_digest, open_corpus
+from lcab_plugin.training.data import PackedText, Text, batch_digest, open_corpus
 from lcab_plugin.training.display import Progress
+from lcab_plugin.training.evaluation import ByPosition, evaluate
 from lcab_plugin.training.flops import mfu, peak_flops
 from lcab_plugin.training.gpt import GPTConfig
-from lcab_plugin.training.measure import StepTimer, peak_memory_gib
+from lcab_plugin.training.measure import StepTimer, summary
+from lcab_plugin.training.memory import Meter
+from lcab_plugin.training.recall import Recall
 from lcab_plugin.training.records import RunLog, device_name, environment
+
+WARM_UP = 2  # steps left out of a run's times
 
 
 class Step(NamedTuple):
@@ -37,15 +44,20 @@ class Trainer(Protocol):
 
     device: torch.device
     parts: tuple[str, ...]  # of a step, timed one by one
+    cp: int  # ranks that share a sequence
 
-    def read(self, step: int) -> Window:
-        """The micro-batches that this rank's data-parallel share of a step holds."""
+    def attentions(self) -> Iterable[nn.Module]:
+        """The attention modules that the plug-in put into the model."""
+
+    def read(self, step: int, text: Text) -> Window:
+        """The micro-batches of ``text`` that this rank's data-parallel share of a step holds."""
 
     def step(self, window: Window, step: int, timer: StepTimer, gradients: Path | None) -> Step:
         """Train on them; ``gradients``: where to write the gradients of this step, {name: tensor}."""
 
-    def evaluate(self, batches: int) -> float:
-        """Mean loss of the unmasked tokens in the first global batches of the validation text."""
+    def tally(self, window: Window, cells: Sequence[Tensor], size: int) -> Tensor:
+        """Without training, `evaluation.tally` of each token's `evaluation.scores` over all tokens of the
+        global batch, on every rank; ``cells``: of each micro-batch of ``window``."""
 
     def save(self, directory: str, done: int) -> None:
         """Write a checkpoint after ``done`` steps."""
@@ -62,6 +74,7 @@ class Job:
     dp: int  # groups of ranks with samples of their own
     identity: Mapping[str, Any]  # what a run must have in common with the one that it continues
     facts: Mapping[str, Any]  # of the first record, besides those above
+    texts: tuple[PackedText, PackedText]  # for training and for validation
     first_step: int = 0
     messages: Sequence[str] = ()  # shown first
 
@@ -119,41 +132,82 @@ def run(trainer: Trainer, job: Job) -> None:
     """Train from ``job.first_step`` to ``--steps``; records go to ``--out``.
 
     Raises:
-        LcabError: the records cannot be written, or the loss is no number any more.
+        LcabError: the records cannot be written, ``--recall`` finds no room, or the loss is no number any
+            more.
     """
     args = job.args
     name = args.name or f"{args.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     path, leads = Path(args.out, name, "metrics.jsonl"), collectives.rank() == 0
     facts = {"name": name, "steps": args.steps, "first_step": job.first_step, **job.facts}
     facts |= {**job.identity, "parameters": job.model.parameters}
+    recall = collectives.together(lambda: _recall(job))
     log = collectives.together(lambda: RunLog(path, append=bool(args.resume), enabled=leads))
-    timer = StepTimer(trainer.device, ("data", "step", *trainer.parts))
-    validation_loss = None
-
     with log, Progress(args.steps, start=job.first_step, enabled=leads) as progress:
         for line in job.messages:
             progress.message(line)
         log.write("run", **facts, **environment(trainer.device))
-        for step in range(job.first_step, args.steps):
-            with timer("data"):
-                window = trainer.read(step)
-            with timer("step"):
-                gradients = args.save_gradients if step == job.first_step else None
-                done = trainer.step(window, step, timer, gradients)
-            took = _measure(trainer, job, window, timer)
-            log.write("step", step=step, **done._asdict(), **took)
-            progress.update(done.loss, took["tokens_per_s"], took["step_ms"], took["peak_memory_gib"])
-            if not math.isfinite(done.loss):
-                raise LcabError(f"the loss of step {step} is {done.loss}; lower --lr or raise --warmup.")
-            if _due(step, args.eval_every, args) and args.eval_batches:
-                validation_loss = trainer.evaluate(args.eval_batches)
-                log.write("eval", step=step, loss=validation_loss)
-                progress.message(f"step {step + 1}: validation loss {validation_loss:.4f}")
-            if _due(step, args.save_every, args) and args.save:
-                trainer.save(args.save, step + 1)
-        log.write("end", step=step, loss=done.loss, validation_loss=validation_loss)
-        final = "" if validation_loss is None else f", validation loss {validation_loss:.4f}"
-        progress.message(f"train loss {done.loss:.4f}{final}; records: {path}")
+        end = _train(trainer, job, log, progress)
+        if recall is not None:
+            end["recall"] = evaluate(trainer, recall, -(-args.recall // job.global_batch))
+            progress.message(f"recalled at distance {_shares(end['recall'])}")
+        log.write("end", **end, machine=machine.state(trainer.device))
+        final = "" if end["validation_loss"] is None else f", validation loss {end['validation_loss']:.4f}"
+        progress.message(f"train loss {end['loss']:.4f}{final}; records: {path}")
+
+
+def _train(trainer: Trainer, job: Job, log: RunLog, progress: Progress) -> dict[str, Any]:
+    """All steps; returns what the last record says of them."""
+    args, validation = job.args, ByPosition(job.texts[1])
+    meter = Meter(trainer.device, trainer.attentions(), trainer.cp)
+    timer = StepTimer(trainer.device, ("data", "step", *trainer.parts), meter.ended)
+    times: dict[str, list[float]] = {}
+    validation_loss = None
+    for step in range(job.first_step, args.steps):
+        with timer("data"):
+            window = trainer.read(step, job.texts[0])
+        meter.begin()
+        with timer("step"):
+            gradients = args.save_gradients if step == job.first_step else None
+            done = trainer.step(window, step, timer, gradients)
+        took = _measure(trainer, job, window, timer.take(), meter)
+        for part in ("data", "step", *trainer.parts):
+            times.setdefault(part, []).append(took[f"{part}_ms"])
+        log.write("step", step=step, **done._asdict(), **took)
+        progress.update(done.loss, took["tokens_per_s"], took["step_ms"], took["peak_memory_gib"])
+        if not math.isfinite(done.loss):
+            raise LcabError(f"the loss of step {step} is {done.loss}; lower --lr or raise --warmup.")
+        if _due(step, args.eval_every, args) and args.eval_batches:
+            found = evaluate(trainer, validation, args.eval_batches)
+            validation_loss = found["loss"]
+            log.write("eval", step=step, **found)
+            progress.message(f"step {step + 1}: validation loss {validation_loss:.4f}")
+        if _due(step, args.save_every, args) and args.save:
+            trainer.save(args.save, step + 1)
+    warm = min(WARM_UP, len(times["step"]) - 1)
+    memories = collectives.all_gather_object(meter.record())
+    return {
+        "step": step,
+        "loss": done.loss,
+        "validation_loss": validation_loss,
+        "times": {part: summary(taken[warm:]).record() for part, taken in times.items()},
+        "warm_up_steps": warm,
+        "memory": {key: [memory[key] for memory in memories] for key in memories[0]},
+    }
+
+
+def _recall(job: Job) -> Recall | None:
+    """The task of ``--recall``, in the validation text."""
+    args = job.args
+    if not args.recall:
+        return None
+    recall = Recall(job.texts[1].corpus, args.seqlen, args.recall, args.seed)
+    recall.batch(range(args.recall))  # what is wrong with the text is said before the first step
+    return recall
+
+
+def _shares(recall: Mapping[str, Any]) -> str:
+    pairs = zip(recall["distance"], recall["accuracy"], strict=True)
+    return ", ".join(f"{distance}: {accuracy:.0%}" for distance, accuracy in pairs)
 
 
 def _due(step: int, every: int, args: argparse.Namespace) -> bool:
@@ -161,9 +215,11 @@ def _due(step: int, every: int, args: argparse.Namespace) -> bool:
     return step + 1 == args.steps or (every > 0 and (step + 1) % every == 0)
 
 
-def _measure(trainer: Trainer, job: Job, window: Window, timer: StepTimer) -> dict[str, Any]:
+def _measure(
+    trainer: Trainer, job: Job, window: Window, times: Mapping[str, float], meter: Meter
+) -> dict[str, Any]:
     """What a step took: time of the slowest rank, memory of the fullest, work of all together."""
-    took = timer.take() | {"peak_memory_gib": peak_memory_gib(trainer.device)}
+    took = {**times, "peak_memory_gib": meter.peak_gib()}
     most = torch.tensor(list(took.values()), dtype=torch.float64, device=trainer.device)
     took = dict(zip(took, collectives.all_reduce_max(most).tolist(), strict=True))
     shares = collectives.all_gather_object((window.digests, window.area))

@@ -18,6 +18,7 @@ import torch
 
 import lcab_plugin
 from lcab_plugin.errors import LcabError
+from lcab_plugin.training import machine
 
 SCHEMA = 1
 
@@ -116,7 +117,7 @@ def steps(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What a record must say of where it was made: versions, hardware, commit and command line."""
+    """What a record must say of where it was made: versions, hardware, commit, command line and state."""
     return {
         "lcab_plugin": lcab_plugin.__version__,
         "python": platform.python_version(),
@@ -128,8 +129,32 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "host": platform.node(),
         "cpus": os.cpu_count(),
         "git": _git_commit(),
-        "command": sys.argv,
+        "command": command(),
+        "machine": machine.state(device),
     }
+
+
+def command() -> list[str]:
+    """What to type to do this again, without the places of this machine: ``lcab`` and its arguments, or a
+    program by its path from here or from the checkout, else by its name. Paths below here are made relative.
+    Launchers are not in it: a run's record has its ``world``."""
+    program, here = Path(sys.argv[0]).absolute(), Path.cwd()
+    arguments = [_from_here(argument, here) for argument in sys.argv[1:]]
+    if program.name == "lcab" or program.parts[-3:] == ("lcab_plugin", "cli", "__main__.py"):
+        return ["lcab", *arguments]
+    for folder in (here, Path(__file__).absolute().parents[2]):
+        if program.is_relative_to(folder):
+            return [program.relative_to(folder).as_posix(), *arguments]
+    return [program.name, *arguments]
+
+
+def _from_here(argument: str, here: Path) -> str:
+    """An argument, or ``--flag=PATH``, with the path relative if it is below here."""
+    flag, equals, value = argument.rpartition("=") if argument.startswith("--") else ("", "", argument)
+    path = Path(value)
+    if path.is_absolute() and path.is_relative_to(here):
+        value = path.relative_to(here).as_posix()
+    return f"{flag}{equals}{value}"
 
 
 @lru_cache

@@ -109,16 +109,16 @@ def test_equal_shards_send_what_the_page_says() -> None:
     for backward in (False, True):
         assert sent("ulysses", {"ulysses": n}, backward) == (q_out + kv) * i * (n - 1) // n
     assert sent("ring_p2p", {"ring": n}, False) == (n - 1) * kv * i
-    assert sent("ring_p2p", {"ring": n}, True) == (n - 1) * kv * i + n * kv * 4
+    assert sent("ring_p2p", {"ring": n}, True) == (n - 1) * kv * (i + 4)
     assert sent("ring_all_gather", {"ring": n}, False) == (n - 1) * kv * i
     assert sent("ring_all_gather", {"ring": n}, True) == (n - 1) * kv * (i + 4)
     u, r = 2, 2  # blocks of u shards, of hk / u heads
     exchanged = (q_out + kv) * i * (u - 1) // u
     assert sent("usp", {"ulysses": u, "ring": r}, False) == exchanged + (r - 1) * kv * i
-    assert sent("usp", {"ulysses": u, "ring": r}, True) == exchanged + (r - 1) * kv * i + r * kv * 4
+    assert sent("usp", {"ulysses": u, "ring": r}, True) == exchanged + (r - 1) * kv * (i + 4)
     rings = {"ulysses": 1, "inner_ring": 2, "outer_ring": 2}
     assert sent("loongtrain", rings, False) == (n - 1) * kv * i
-    assert sent("loongtrain", rings, True) == (n - 1) * kv * i + (n + 2) * kv * 4
+    assert sent("loongtrain", rings, True) == (n - 1) * kv * (i + 4)
 
 
 def test_a_group_cast_sends_what_others_see() -> None:
@@ -161,7 +161,8 @@ def test_two_processes_from_the_command_line(tmp_path: Path) -> None:
         assert record["tflops_per_rank"] > 0
         assert record["error_out"] < 1e-5
         assert (record["error_dk"] is None) == (step == "fwd")
-        assert record["peak_memory_gib"] is None
+        assert record["peak_memory_gib"] is record["kernels_memory_gib"] is None
+        assert record["peak_rss_gib"] is None or 0.05 < record["peak_rss_gib"] < 8
         assert "CPU" in record["peak_memory_note"]
         if strategy == SINGLE:
             assert record["efficiency"] is None

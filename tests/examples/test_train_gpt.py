@@ -13,6 +13,7 @@ import torch
 
 from lcab_plugin.training.records import read, steps
 from tests.distributed import free_port
+from tests.examples.evaluated import assert_same_evaluations
 
 pytest.importorskip("deepspeed")
 
@@ -60,6 +61,7 @@ def curve(records: list[dict[str, Any]], key: str = "loss") -> list[Any]:
 
 def test_two_ranks_share_each_sequence_and_train_as_one_process_does(tmp_path: Path) -> None:
     flags = ["--steps", 3, "--loss-mask", "uneven", "--doc-lengths", "pile", "--global-batch", 4]
+    flags += ["--recall", 5]
     gradients = [tmp_path / "one.pt", tmp_path / "two.pt"]
     one = train(tmp_path, "python", 1, "one", *flags, "--save-gradients", gradients[0])
     two = train(
@@ -95,6 +97,18 @@ def test_two_ranks_share_each_sequence_and_train_as_one_process_does(tmp_path: P
     assert 0.05 < last["peak_memory_gib"] < 8
     assert last["mfu"] is None
     assert two[-1]["validation_loss"] == pytest.approx(one[-1]["validation_loss"], rel=1e-5)
+    assert_same_evaluations(two, one, 1e-5)
+    assert two[-1]["recall"]["tokens"] == [5] * 5
+
+    assert run["command"][0] == "examples/train_gpt.py"
+    assert two[-1]["warm_up_steps"] == 2
+    assert two[-1]["times"].keys() == {"data", "step", "forward", "backward", "optimizer"}
+    assert two[-1]["times"]["step"]["median_ms"] == last["step_ms"]
+    memory = two[-1]["memory"]
+    assert all(len(ranks) == 2 for ranks in memory.values())
+    state_bytes = run["parameters"] * (4 + 4 + 8 / 2)  # ZeRO 1 deals Adam's and the float32 copy to the ranks
+    assert memory["model_states_gib"] == pytest.approx([state_bytes / 2**30] * 2, rel=0.35)
+    assert memory["activations_gib"] == [None, None]
 
 
 def test_the_loss_falls_and_a_resumed_run_goes_on_exactly(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from lcab_plugin.training.gpt import GPTConfig
 from lcab_plugin.training.gpt_in_megatron import global_name, merge
 from lcab_plugin.training.records import read, steps
 from tests.distributed import free_port
+from tests.examples.evaluated import assert_same_evaluations
 
 pytest.importorskip("megatron.core")
 
@@ -27,7 +28,7 @@ EXAMPLES = ROOT / "examples"
 MODEL = GPTConfig(vocab=260, layers=2, hidden=64, heads=8, kv_heads=4, head_dim=8, ffn=128)
 SIZES = ["--layers", 2, "--hidden", 64, "--ffn", 128, "--seqlen", 128, "--vocab", 260]
 DATA = ["--loss-mask", "uneven", "--doc-lengths", "pile", "--global-batch", 8, "--micro-batch", 2]
-SMALL = [*SIZES, *DATA, "--eval-batches", 1, "--steps", 3]
+SMALL = [*SIZES, *DATA, "--eval-batches", 1, "--steps", 3, "--recall", 3]
 CP = ["--strategy", "ring_p2p"]
 TP = ["--tensor-parallel", 2]
 SP = [*TP, "--sequence-parallel"]
@@ -99,6 +100,7 @@ def assert_equal(run: Trained, expected: Trained, budget: float = 1e-5) -> None:
     assert run.records[-1]["validation_loss"] == pytest.approx(
         expected.records[-1]["validation_loss"], rel=budget
     )
+    assert_same_evaluations(run.records, expected.records, budget)
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +126,9 @@ def test_two_ranks_share_each_sequence_and_train_as_one_process_does(out: Path, 
     assert run["kernel_version"]
     assert run["slots"] == [line for line in run["slots"] if "decoder.layers.0-1.self_attention" in line]
     assert 0 < max(last["schedule_ms"], last["optimizer_ms"]) <= last["step_ms"]
+    assert 0 < last["forward_ms"] <= last["schedule_ms"]
+    assert shared.records[-1]["times"]["step"]["repeats"] == 1
+    assert all(gib > 0 for gib in shared.records[-1]["memory"]["model_states_gib"])
     assert last["tokens_per_s"] == pytest.approx(last["tokens"] / last["step_ms"] * 1e3)
     assert "Megatron's CUDA calls mean the CPU" in (out / "shared" / "rank0.log").read_text()
 

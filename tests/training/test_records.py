@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lcab_plugin.errors import LcabError
-from lcab_plugin.training.records import SCHEMA, RunLog, environment, read, steps
+from lcab_plugin.training.records import SCHEMA, RunLog, command, environment, read, steps
 
 WRITER = """
 import sys
@@ -100,3 +100,31 @@ def test_the_environment_is_json_and_says_what_ran() -> None:
     facts = json.loads(json.dumps(environment()))
     assert {"python", "torch", "deepspeed", "device", "git", "command"} <= facts.keys()
     assert facts["device"]
+    assert facts["machine"].keys() >= {"load", "cpu_mhz", "gpu"}
+
+
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [
+        ("{elsewhere}/bin/lcab", "lcab"),
+        ("{elsewhere}/lcab_plugin/cli/__main__.py", "lcab"),
+        ("{here}/examples/train_gpt.py", "examples/train_gpt.py"),
+        ("mine/train.py", "mine/train.py"),
+        ("{checkout}/examples/train_gpt.py", "examples/train_gpt.py"),
+        ("{elsewhere}/bin/train.py", "train.py"),
+    ],
+)
+def test_a_command_names_no_place_of_this_machine(
+    program: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = {
+        "here": tmp_path / "here",
+        "elsewhere": tmp_path / "elsewhere",
+        "checkout": Path(__file__).parents[2],
+    }
+    places["here"].mkdir()
+    monkeypatch.chdir(places["here"])
+    data = places["here"] / "texts"
+    given = ["--data", str(data), f"--out={data}", "--lr", "1e-3", "/else/where"]
+    monkeypatch.setattr(sys, "argv", [program.format(**places), *given])
+    assert command() == [expected, "--data", "texts", "--out=texts", "--lr", "1e-3", "/else/where"]

@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -153,7 +152,7 @@ def init_distributed(distributed_port: int = 29500, dist_init_required: bool | N
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     launchers = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
     if not collectives.is_initialized() and not any(name in os.environ for name in launchers):
-        _single_process_environment()
+        _world_of_one()
     if dist_init_required is not False:
         deepspeed.init_distributed(
             dist_backend=accelerator.communication_backend_name(),
@@ -167,8 +166,8 @@ def init_distributed(distributed_port: int = 29500, dist_init_required: bool | N
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
 
 
-def _single_process_environment() -> None:
-    """Rank variables of a world of one, where they are absent."""
+def _world_of_one() -> None:
+    """Alone, unless Slurm started more tasks without saying which is which."""
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if int(tasks) > 1:
         raise LcabError(
@@ -176,12 +175,7 @@ def _single_process_environment() -> None:
             "under srun, or set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT from Slurm's "
             "variables"
         )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    for name, value in alone.items():
-        os.environ.setdefault(name, str(value))
+    collectives.describe_world_of_one(os.environ)
 
 
 def _require_equal_models(model: nn.Module) -> None:
