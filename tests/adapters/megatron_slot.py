@@ -11,6 +11,7 @@ from megatron.core import parallel_state as ps
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnBackend, AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from lcab_plugin import masks
@@ -19,6 +20,11 @@ from lcab_plugin.config import AttentionConfig
 from tests.adapters.megatron_model import Cell, transformer_config
 
 HEADS, DIM, ROWS = 8, 8, 16
+
+
+def has(setting: str) -> bool:
+    """Whether this megatron-core has the setting: sinks since 0.15, windows of some layers since 0.15."""
+    return setting in TransformerConfig.__dataclass_fields__
 
 
 def slot(lcab: dict[str, Any] | None = None, cp: int = 1, **how: Any) -> Any:
@@ -161,12 +167,11 @@ def bad_inputs() -> dict[str, tuple[Callable[[], Any], str]]:
             lambda: with_ring()(*qkv(2, 2, ROWS), None, attn_mask_type=kinds.no_mask),
             "--context-parallel-size 1",
         ),
-        "softmax_type": (lambda: with_ring(softmax_type="other"), "'other'"),
         "unbound": (
             lambda: lcab_megatron.CoreAttention(transformer_config(Cell(""), 2, 1), 1, kinds.causal, "self"),
             "swap_core_attention",
         ),
-    } | _dynamic()
+    } | _of_newer_versions()
 
 
 def _params(mask: Any) -> Any:
@@ -177,14 +182,17 @@ def _per_layer() -> dict[str, Any]:
     return {"cp_comm_type": "all_gather"}
 
 
-def _dynamic() -> dict[str, tuple[Callable[[], Any], str]]:
-    """What PackedSeqParams can say since 0.16."""
-    fields = PackedSeqParams.__dataclass_fields__
-    if "local_cp_size" not in fields:
-        return {}
+def _of_newer_versions() -> dict[str, tuple[Callable[[], Any], str]]:
+    """What can be said wrong only since 0.15 (sinks) and 0.16 (a group of one batch)."""
+    ring = {"strategy": "ring_p2p"}
+    found: dict[str, tuple[Callable[[], Any], str]] = {}
+    if has("softmax_type"):
+        found["softmax_type"] = (lambda: slot(ring, 2, softmax_type="other"), "'other'")
+    if "local_cp_size" in PackedSeqParams.__dataclass_fields__:
 
-    def shrunk() -> Any:
-        params = replace(packed([0, 2 * ROWS]), local_cp_size=1)
-        return _call(slot({"strategy": "ring_p2p"}, 2), thd=True, packed_seq_params=params)
+        def shrunk() -> Any:
+            params = replace(packed([0, 2 * ROWS]), local_cp_size=1)
+            return _call(slot(ring, 2), thd=True, packed_seq_params=params)
 
-    return {"dynamic context parallelism": (shrunk, "local_cp_size 1")}
+        found["dynamic context parallelism"] = (shrunk, "local_cp_size 1")
+    return found
