@@ -55,7 +55,8 @@ def attention(
 
     Args:
         q: ``[batch, tokens, heads, head_dim]``; with ``cp``, this rank's rows.
-        k, v: ``[batch, keys, kv_heads, head_dim]``; ``heads`` is a multiple of ``kv_heads``.
+        k, v: ``[batch, keys, kv_heads, head_dim]``; ``heads`` is a multiple of ``kv_heads``. With ``cp``,
+            this rank's rows, as ``cp.keys.shard`` gives them.
         mask: the whole (global) mask, shared by the batch.
         kernel: a name of ``lcab_plugin.kernels.names()``; that kernel runs or the call raises.
         scale: softmax scale, ``head_dim ** -0.5`` if None.

@@ -76,7 +76,8 @@ class Layout:
         if x.shape[dim] != self.seqlen:
             raise LcabError(
                 f"dimension {dim} of the tensor has {x.shape[dim]} tokens, the layout {self.seqlen}; "
-                f"make the layout for this sequence: cp.with_layout(seqlen={x.shape[dim]})"
+                f"make the layout for this sequence: cp.with_layout(seqlen={x.shape[dim]}), or in "
+                "cross-attention shard queries with cp.shard, keys and values with cp.keys.shard"
             )
         parts = [x.narrow(dim, r.start, len(r)) for r in self.ranges[rank]]
         return torch.cat(parts, dim) if parts else x.narrow(dim, 0, 0)
@@ -85,6 +86,11 @@ class Layout:
         """Index that brings the rows of ``ranks``, laid end to end in that order, into ascending position;
         None where they already are."""
         return _ascending_index(self, ranks, device)
+
+    def places(self, ranks: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...] | None:
+        """Where the rows of each of ``ranks`` stand once the rows of all of them ascend; None where that is
+        end to end."""
+        return _places(self, ranks, device)
 
 
 def contiguous(seqlen: int, ranks: int) -> Layout:
@@ -212,6 +218,16 @@ def make(
     return _without_mask(name, ranks, seqlen, chunk if name == "striped" else None)
 
 
+def make_keys(name: str, ranks: int, mask: AttentionMask) -> Layout:
+    """The layout of the keys of ``mask`` beside ``make(name, ranks, mask.q_len, mask)``: that one where there
+    is a key for every query, else the one of that name over ``mask.k_len`` tokens. Keys beside ``balanced``
+    queries are ``striped``: who holds a key does not say who works on it, but in a ring every block of keys
+    should be about as much work as the next."""
+    if mask.q_len == mask.k_len:
+        return make(name, ranks, mask.q_len, mask)
+    return make("striped" if name == "balanced" else name, ranks, mask.k_len)
+
+
 @lru_cache(maxsize=64)  # keeps masks alive, half a megabyte each for ten thousand documents
 def _balanced(mask: AttentionMask, ranks: int, chunk: int | None) -> Layout:
     return balanced(mask, ranks, chunk)
@@ -252,13 +268,19 @@ def imbalance(layout: Layout, mask: AttentionMask) -> float:
 class View:
     """A mask between the query rows held by ``q_ranks`` and the key rows held by ``k_ranks``.
 
-    ``k_ranks`` changes as keys travel; the layout says which positions that means.
+    ``k_ranks`` changes as keys travel; the layouts say which positions that means: ``layout`` of the queries,
+    ``keys`` of the keys, which is the same one where it is left out.
     """
 
     mask: AttentionMask
     layout: Layout
     q_ranks: tuple[int, ...]
     k_ranks: tuple[int, ...]
+    keys: Layout = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.keys is None:
+            object.__setattr__(self, "keys", self.layout)
 
     def local(self) -> AttentionMask:
         """The mask in local rows and keys, both ascending in global position."""
@@ -267,8 +289,7 @@ class View:
 
 @lru_cache(maxsize=1024)
 def _local(view: View) -> AttentionMask:
-    layout = view.layout
-    return _joined(view.mask.local(layout.rows(view.q_ranks), layout.rows(view.k_ranks)))
+    return _joined(view.mask.local(view.layout.rows(view.q_ranks), view.keys.rows(view.k_ranks)))
 
 
 def _joined(mask: AttentionMask) -> AttentionMask:
@@ -294,6 +315,12 @@ def _ascending_index(layout: Layout, ranks: tuple[int, ...], device: torch.devic
     positions = _concatenated(r for rank in ranks for r in layout.ranges[rank])
     order = positions.argsort()
     return None if bool((order[1:] > order[:-1]).all()) else order.to(device)
+
+
+@lru_cache(maxsize=64)
+def _places(layout: Layout, ranks: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...] | None:
+    order = _ascending_index(layout, ranks, device)
+    return None if order is None else order.argsort().split([layout.length(r) for r in ranks])
 
 
 def _concatenated(ranges: Iterable[range]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 import lcab_plugin as lcab
 from lcab_plugin import layout as layouts
 from lcab_plugin import masks
+from lcab_plugin.errors import LcabError
 from lcab_plugin.layout import View
 
 DOCUMENTS = st.lists(st.integers(1, 60), min_size=1, max_size=8)
@@ -269,3 +271,27 @@ def group(strategy: str) -> lcab.ContextParallel:
 @pytest.mark.parametrize("world", [2, 3])
 def test_attention_is_exact(world):
     run(attention_is_exact, world)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_zigzag_by_document_cuts_every_document_by_itself(ranks: int) -> None:
+    edges = (0, 16, 16, 48, 64)
+    layout = layouts.zigzag_documents(edges, ranks)
+    for rank in range(ranks):
+        chunks = [torch.arange(a, b).chunk(2 * ranks) for a, b in pairwise(edges) if b > a]
+        wanted = torch.cat([c for parts in chunks for c in (parts[rank], parts[2 * ranks - 1 - rank])])
+        assert torch.equal(layout.positions(rank), wanted.sort().values)
+        assert torch.equal(layout.positions(rank), wanted), "rows of a rank ascend"
+    assert layouts.zigzag_documents(edges, ranks) is layout
+    whole = layouts.make("zigzag", ranks, 64)
+    one = layouts.zigzag_documents((0, 64), ranks)
+    assert one.ranges == whole.ranges
+
+
+def test_zigzag_by_document_refuses_lengths_that_do_not_divide() -> None:
+    assert layouts.zigzag_documents((0, 3, 10), 1).length(0) == 10
+    with pytest.raises(LcabError, match="document of 6 tokens does not divide into the 4 chunks of 2"):
+        layouts.zigzag_documents((0, 6, 14), 2)
+    for edges in ((0,), (1, 4), (0, 8, 4), (0, 0)):
+        with pytest.raises(LcabError, match="must ascend from 0"):
+            layouts.zigzag_documents(edges, 2)

@@ -16,9 +16,10 @@ watchdog ends the process after the group's timeout, and names the group by its 
 from __future__ import annotations
 
 import atexit
+import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
@@ -397,8 +398,23 @@ def all_gather(x: Tensor, group: Group) -> Tensor:
 def reduce_scatter(x: Tensor, group: Group) -> Tensor:
     """Sum ``x [ranks, ...]`` over the group; returns this rank's entry."""
     x = x.contiguous()
-    out = x.new_empty(x.shape[1:])
-    _count("reduce_scatter", x.numel() - out.numel(), x)
+    _count("reduce_scatter", x.numel() - x[0].numel(), x)
     with _ends(lambda: f"reduce-scatter of {_over(group)}"):
+        if x.device.type == "cpu":  # gloo would sum every entry on every rank, and send twice as much
+            received = torch.empty_like(x)
+            dist.all_to_all_single(received, x, group=group)
+            return received.sum(0)
+        out = x.new_empty(x.shape[1:])
         _reduce_scatter(out, x.flatten(0, 1), group=group)
     return out
+
+
+def describe_world_of_one(variables: MutableMapping[str, str]) -> None:
+    """Set, where they are absent, the variables by which a launcher would tell this process that it is the
+    only rank, with a port that is free."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in alone.items():
+        variables.setdefault(name, str(value))

@@ -25,7 +25,7 @@ from lcab_plugin.context_parallel.topology import (
     with_mesh,
 )
 from lcab_plugin.context_parallel.ulysses import HeadExchange, ToHeads, ToTokens, require_heads
-from lcab_plugin.errors import LcabError, UnsupportedError
+from lcab_plugin.errors import LcabError
 from lcab_plugin.kernels.contract import Kernel, KernelOptions
 from lcab_plugin.layout import Layout, View
 from lcab_plugin.masks import AttentionMask
@@ -87,7 +87,7 @@ def context_parallel(
         collectives.require_agreement("the context-parallel strategy", (name, list(degrees.items())), whole)
     if name in _RINGS and _RINGS[name] is not RingAllGather:
         axes = with_homes(axes, (axis for axis in axes if axis != "ulysses"))
-    cp = ContextParallel(name, whole, axes, layout, None, _Handshake())
+    cp = ContextParallel(name, whole, axes, layout, None, None, _Handshake())
     return cp if mask is None and seqlen is None else cp.with_layout(mask=mask, seqlen=seqlen)
 
 
@@ -99,7 +99,8 @@ class _Handshake:
 
 
 class ContextParallel:
-    """One strategy over one group, with the layout of one sequence length.
+    """One strategy over one group, with the layout of one sequence length, or of the two of cross-attention:
+    the queries' here, and that of keys and values in :attr:`keys`.
 
     Attributes: ``strategy``, ``degrees`` (per axis, innermost first; a double ring's axes are ``inner_ring``
     and ``outer_ring``), ``placement`` (None where there are no two axes), ``composition`` (in words),
@@ -113,6 +114,7 @@ class ContextParallel:
         axes: dict[str, Axis],
         layout_name: str,
         layout: Layout | None,
+        keys: Layout | None,
         handshake: _Handshake,
     ) -> None:
         self.strategy, self.group, self.layout_name = strategy, group, layout_name
@@ -121,7 +123,7 @@ class ContextParallel:
         for degree in self.degrees.values():
             self.size *= degree
         self.rank = sum(axis.index * axis.stride for axis in axes.values())
-        self._axes, self._layout, self._handshake = axes, layout, handshake
+        self._axes, self._layout, self._keys, self._handshake = axes, layout, keys, handshake
         self._rings = [axis for name, axis in axes.items() if name != "ulysses"]
         self.placement: str | None = None
         if len(axes) > 1:
@@ -153,7 +155,8 @@ class ContextParallel:
         Args:
             name: another layout, or None for the one this group has.
             mask, seqlen: what the layout is for; one of them. ``balanced`` needs the mask, the same on every
-                rank, and then holds for every layer of the batch, whatever their masks.
+                rank, and then holds for every layer of the batch, whatever their masks. A mask with another
+                number of keys than of queries has a layout for each: see :attr:`keys`.
 
         Raises:
             LcabError: an unknown name, no sequence, or ``balanced`` without a mask.
@@ -165,15 +168,35 @@ class ContextParallel:
             raise LcabError(f"seqlen={tokens} but the mask is for {mask.q_len} queries; pass one of them")
         name = name or self.layout_name
         layout = layouts.make(name, self.size, tokens, mask)
-        if layout is self._layout:
-            return self
-        return ContextParallel(self.strategy, self.group, self._axes, name, layout, self._handshake)
+        if mask is None or mask.k_len == tokens:
+            return self._with(name, layout, layout)
+        return self._with(name, layout, layouts.make_keys(name, self.size, mask))
 
-    def holding(self, layout: Layout) -> ContextParallel:
-        """The same process groups over a layout made elsewhere, such as zigzag within every document."""
-        if layout is self._layout:
+    def holding(self, layout: Layout, keys: Layout | None = None) -> ContextParallel:
+        """The same process groups over layouts made elsewhere: zigzag within every document, or in
+        cross-attention the decoder's and the encoder's, ``decoder.holding(decoder.layout, encoder.layout)``.
+
+        Raises:
+            LcabError: a layout is for another number of ranks.
+        """
+        keys = layout if keys is None else keys
+        for ranks in (len(layout.ranges), len(keys.ranges)):
+            if ranks != self.size:
+                raise LcabError(f"a layout for {ranks} ranks, in a group of {self.size}; make it for those")
+        return self._with(layout.name, layout, keys)
+
+    def _with(self, name: str, layout: Layout, keys: Layout) -> ContextParallel:
+        if layout is self._layout and keys is self._keys:
             return self
-        return ContextParallel(self.strategy, self.group, self._axes, layout.name, layout, self._handshake)
+        return ContextParallel(self.strategy, self.group, self._axes, name, layout, keys, self._handshake)
+
+    @property
+    def keys(self) -> ContextParallel:
+        """The same process groups over the sequence of the keys: itself, unless the mask has another number
+        of keys than of queries. ``cp.keys.shard(k)``, ``cp.keys.positions()`` and ``cp.keys.unshard(dk)`` are
+        then right for keys and values, as ``cp.shard(q)`` is for queries."""
+        layout = self.layout
+        return self if self._keys is None or self._keys is layout else self.holding(self._keys)
 
     def shard(self, x: Tensor, dim: int = 1) -> Tensor:
         """This rank's rows of ``x``, whose dimension ``dim`` is the whole sequence."""
@@ -184,7 +207,9 @@ class ContextParallel:
         the gradient, as is right when every rank computes the same thing from the whole."""
         if x.shape[dim] != self.layout.length(self.rank):
             raise LcabError(
-                f"dimension {dim} has {x.shape[dim]} rows, this rank's shard {self.layout.length(self.rank)}"
+                f"dimension {dim} has {x.shape[dim]} rows, this rank's shard "
+                f"{self.layout.length(self.rank)}; in cross-attention rows of keys are put together by "
+                "cp.keys.unshard"
             )
         return _Unshard.apply(x, dim, self)
 
@@ -218,7 +243,7 @@ class ContextParallel:
         """``out [b, t, h, dv]`` of this rank's rows under the global ``mask``, and ``lse [b, h, t]`` where it
         is wanted (Ulysses must exchange it). ``sink``: all heads', on every rank."""
         self._check(q, k, v, mask, kernel, options, sink)
-        view = View(mask, self.layout, (self.rank,), (self.rank,))
+        view = View(mask, self.layout, (self.rank,), (self.rank,), self._keys)  # type: ignore[arg-type]
         op: Operation = Local(kernel, needs_backward(q, k, v))
         for axis in self._rings:
             op = _RINGS[self.strategy](op, axis)
@@ -227,12 +252,12 @@ class ContextParallel:
             return attend(q, k, v, sink, op, view, options)
         exchange = HeadExchange(ulysses, view, q, k)
         if sink is not None:
-            sink = sink[exchange.slices(exchange.heads)[ulysses.index]]
+            sink = sink[exchange.queries.slices[ulysses.index]]
         q, k, v = ToHeads.apply(exchange, q, k, v)
         out, lse = attend(q, k, v, sink, op, ulysses.all_rows(view), options)
         if return_lse:
             by_head = (lse.transpose(1, 2).unsqueeze(-1),)
-            lse = once(lambda: tuple(exchange.to_tokens(by_head, (exchange.heads,))))[0]
+            lse = once(lambda: tuple(exchange.to_tokens(by_head, (exchange.queries,))))[0]
             lse = lse.squeeze(-1).transpose(1, 2)
         return ToTokens.apply(exchange, out), lse if return_lse else None
 
@@ -262,7 +287,7 @@ class ContextParallel:
             "degrees": list(self.degrees.items()),
             "kernel": kernel.name,
             "options": options,
-            "layout": (self.layout_name, self.layout.digest),
+            "layout": (self.layout_name, self.layout.digest, self.keys.layout.digest),
             "mask": mask.digest,
             "dtype": str(q.dtype),
             "sink": sink is not None,
@@ -279,22 +304,20 @@ class ContextParallel:
     def _check_own(
         self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, kernel: Kernel, options: KernelOptions
     ) -> None:
-        if mask.q_len != mask.k_len:
-            raise UnsupportedError(
-                f"the mask is for {mask.q_len} queries and {mask.k_len} keys, and a group splits one "
-                "sequence with a query for every key; run cross-attention without cp=, or pad the shorter "
-                "side and hide the padding by the mask"
-            )
-        if mask.q_len != self.layout.seqlen:
+        layout, keys = self.layout, self.keys.layout
+        if (mask.q_len, mask.k_len) != (layout.seqlen, keys.seqlen):
             raise LcabError(
-                f"the mask is for {mask.q_len} queries, the layout for {self.layout.seqlen} tokens; use "
-                "cp.with_layout(mask=mask)"
+                f"the mask is for {mask.q_len} queries and {mask.k_len} keys, the layout for {layout.seqlen} "
+                f"and {keys.seqlen}; use cp.with_layout(mask=mask)"
             )
-        own = self.layout.length(self.rank)
-        if q.shape[1] != own or k.shape[1] != own:
+        rows, own = (q.shape[1], k.shape[1]), (layout.length(self.rank), keys.length(self.rank))
+        if rows != own:
+            how = "them with cp.shard(x, dim=1)"
+            if keys is not layout:
+                how = "q with cp.shard(q, dim=1), k and v with cp.keys.shard(k, dim=1)"
             raise LcabError(
-                f"this rank holds {own} of {self.layout.seqlen} tokens, but q has {q.shape[1]} rows and k "
-                f"{k.shape[1]}; shard them with cp.shard(x, dim=1)"
+                f"this rank holds {own[0]} of {layout.seqlen} queries and {own[1]} of {keys.seqlen} keys, "
+                f"but q has {rows[0]} rows and k {rows[1]}; shard {how}"
             )
         if "ulysses" in self.degrees:
             require_heads(q.shape[2], k.shape[2], self.degrees["ulysses"], self.size)

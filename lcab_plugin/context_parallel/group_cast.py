@@ -59,7 +59,7 @@ class GroupCast:
         way_home = _Reduce(self.axis, cast.stages, sums)
         own = _zeros(saved.k, saved.v)
         # a part of the own keys hides the first arrival, the other the last gradients' way home
-        before, after = _halves(view.layout.rows(view.k_ranks))
+        before, after = _halves(view.keys.rows(view.k_ranks))
         split = sum(map(len, before))
 
         def block(k: Tensor, v: Tensor, keys: tuple[range, ...], grads: Sequence[RowSum]) -> None:
@@ -223,7 +223,7 @@ def plan(axis: Axis, view: View, stages: int | None = None) -> tuple[Stage, ...]
     positions = range(axis.size)
     q_shards = tuple(axis.at(view.q_ranks, i) for i in positions)
     k_shards = tuple(axis.at(view.k_ranks, i) for i in positions)
-    return _plan(view.mask, view.layout, q_shards, k_shards, axis.index, stages)
+    return _plan(view.mask, view.layout, view.keys, q_shards, k_shards, axis.index, stages)
 
 
 Shards = tuple[tuple[int, ...], ...]  # the ranks whose rows each position of the axis holds
@@ -231,11 +231,17 @@ Shards = tuple[tuple[int, ...], ...]  # the ranks whose rows each position of th
 
 @lru_cache(maxsize=64)
 def _plan(
-    mask: AttentionMask, layout: Layout, q_shards: Shards, k_shards: Shards, index: int, stages: int | None
+    mask: AttentionMask,
+    layout: Layout,
+    keys: Layout,
+    q_shards: Shards,
+    k_shards: Shards,
+    index: int,
+    stages: int | None,
 ) -> tuple[Stage, ...]:
-    held = _Held(layout, k_shards)
+    held = _Held(keys, k_shards)
     needs = [held.pieces(mask.needed_keys(layout.rows(ranks))) for ranks in q_shards]
-    shard = max(sum(map(layout.length, ranks)) for ranks in k_shards)
+    shard = max(sum(map(keys.length, ranks)) for ranks in k_shards)
     return tuple(_stage(needs, index, distances) for distances in _dealt(needs, shard, stages))
 
 

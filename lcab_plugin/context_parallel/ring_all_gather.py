@@ -45,8 +45,9 @@ class RingAllGather:
         """``x [b, t, h, d]`` of every rank of the axis, in ascending position."""
         if self.axis.size == 1 or self.axis.group is None:
             return x
-        padded, order = _slots(view.layout, _shards(self.axis, view), x.device)
-        x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, padded - x.shape[1]))
+        padded, order, _ = _slots(view.keys, _shards(self.axis, view), x.device)
+        if x.shape[1] < padded:
+            x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, padded - x.shape[1]))
         x = collectives.all_gather(x, self.axis.group).transpose(0, 1).flatten(1, 2)
         return x if order is None else x.index_select(1, order)
 
@@ -55,14 +56,13 @@ class RingAllGather:
         if self.axis.size == 1 or self.axis.group is None:
             return x
         shards = _shards(self.axis, view)
-        padded, order = _slots(view.layout, shards, x.device)
-        if order is not None:
-            spread = x.new_zeros(x.shape[0], padded * self.axis.size, *x.shape[2:])
-            x = spread.index_copy_(1, order, x)
+        padded, _, places = _slots(view.keys, shards, x.device)
+        if places is not None:
+            x = x.index_select(1, places)
         own = collectives.reduce_scatter(
             x.unflatten(1, (self.axis.size, padded)).transpose(0, 1), self.axis.group
         )
-        return own[:, : sum(map(view.layout.length, shards[self.axis.index]))]
+        return own[:, : sum(map(view.keys.length, shards[self.axis.index]))]
 
 
 def _shards(axis: Axis, view: View) -> tuple[tuple[int, ...], ...]:
@@ -72,9 +72,10 @@ def _shards(axis: Axis, view: View) -> tuple[tuple[int, ...], ...]:
 @lru_cache(maxsize=64)
 def _slots(
     layout: Layout, shards: tuple[tuple[int, ...], ...], device: torch.device
-) -> tuple[int, Tensor | None]:
-    """Rows every shard is padded to, and the padded row of each position in ascending order (None where the
-    padded rows are that already)."""
+) -> tuple[int, Tensor | None, Tensor | None]:
+    """Rows every shard is padded to; the padded row of each position in ascending order; and which position
+    in that order every padded row has, any where it is padding, which nobody reads. None and None where the
+    padded rows are in order already."""
     positions = [
         torch.cat([torch.arange(r.start, r.stop) for r in layout.rows(ranks)] or [torch.empty(0).long()])
         for ranks in shards
@@ -83,5 +84,7 @@ def _slots(
     slots = torch.cat([i * padded + torch.arange(len(p)) for i, p in enumerate(positions)])
     order = slots[torch.cat(positions).argsort()]
     if len(order) == padded * len(shards) and bool((order[1:] > order[:-1]).all()):
-        return padded, None
-    return padded, order.to(device)
+        return padded, None, None
+    places = torch.zeros(padded * len(shards), dtype=torch.int64)
+    places[order] = torch.arange(len(order))
+    return padded, order.to(device), places.to(device)

@@ -15,7 +15,8 @@ from lcab_plugin.operation import Operation, Saved, Sums
 
 class RingP2P:
     """A ring along ``axis`` around ``inner``. Memory is O(own shard): two K/V blocks live at a time, and in
-    backward two blocks of float32 gradients beside the kernel's own."""
+    backward two blocks of float32 gradients beside the kernel's, and the kernel's gradients of the own block,
+    which stay until the others' arrive."""
 
     def __init__(self, inner: Operation, axis: Axis) -> None:
         self.inner, self.axis = inner, axis
@@ -41,23 +42,25 @@ class RingP2P:
             return
         ring = _Ring(self.axis, view)
         keys = ring.exchange("keys and values", ring.size - 1)
-        way_home = ring.exchange("their gradients", ring.size, home(self.axis))
-        k, v = saved.k, saved.v
+        way_home = ring.exchange("their gradients", ring.size - 1, home(self.axis))
+        k, v, own = saved.k, saved.v, sums_for(saved.k, saved.v)
         for step in range(ring.size):
             if step < ring.size - 1:
                 keys.start((k, v), ring.rows(step + 1))
-            dk, dv = sums_for(k, v)
+            dk, dv = sums_for(k, v) if step > 0 else own
             here = saved._replace(k=k, v=v)
             self.inner.backward((sums[0], dk, dv), here, ring.view(step), options)
-            # a block's gradient follows it around the ring, one step behind, while the next is computed
-            block = [dk.result(), dv.result()]
             if step > 0:
-                block = [x.add_(own) for x, own in zip(way_home.wait(), block, strict=True)]
-            way_home.start(block, ring.rows(step + 1))
+                # a block's gradient follows it around the ring from the first rank that is not its home, one
+                # step behind, while the next is computed
+                block = [dk.result(), dv.result()]
+                if step > 1:
+                    block = [x.add_(part) for x, part in zip(way_home.wait(), block, strict=True)]
+                way_home.start(block, ring.rows(step + 1))
             if step < ring.size - 1:
                 k, v = keys.wait()
-        for total, grad in zip(sums[1:], way_home.wait(), strict=True):
-            total.add(range(grad.shape[1]), grad)
+        for total, grad, kept in zip(sums[1:], way_home.wait(), own, strict=True):
+            total.add(range(grad.shape[1]), grad.add_(kept.result()))
 
 
 class _Ring:
@@ -66,7 +69,7 @@ class _Ring:
     def __init__(self, axis: Axis, view: View) -> None:
         self.size, self._axis = axis.size, axis
         self._views = [axis.keys_from(view, (axis.index - s) % axis.size) for s in range(axis.size + 1)]
-        self._rows = [sum(map(view.layout.length, at.k_ranks)) for at in self._views]
+        self._rows = [sum(map(view.keys.length, at.k_ranks)) for at in self._views]
 
     def view(self, step: int) -> View:
         return self._views[step]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from dataclasses import dataclass
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from lcab_plugin.context_parallel import collectives
 from lcab_plugin.context_parallel.topology import Axis
 from lcab_plugin.errors import LcabError
 from lcab_plugin.kernels.contract import accumulation_dtype
-from lcab_plugin.layout import View
+from lcab_plugin.layout import Layout, View
 from lcab_plugin.recompute import once
 
 
@@ -58,90 +59,121 @@ def deal(heads: int, kv_heads: int, degree: int) -> tuple[list[slice], list[slic
     )
 
 
+@dataclass(frozen=True)
+class Side:
+    """The queries, or the keys, of an exchange.
+
+    Attributes:
+        heads: all of them, and ``slices``: those that each rank works on.
+        tokens: how many each rank holds.
+        order, places: a shard's rows ascend, but shards interleave (zigzag), and kernels want all of them
+            ascending: how to sort them laid end to end, and where each shard's are then (None: sorted).
+    """
+
+    heads: int
+    slices: list[slice]
+    tokens: list[int]
+    order: Tensor | None
+    places: tuple[Tensor, ...] | None
+
+    @classmethod
+    def of(cls, layout: Layout, ranks: tuple[int, ...], x: Tensor, slices: list[slice]) -> Side:
+        """Of tensors like ``x [b, own tokens, all heads, d]``, sharded over ``ranks`` by ``layout``."""
+        order, places = layout.ascending(ranks, x.device), layout.places(ranks, x.device)
+        return cls(x.shape[2], slices, [layout.length(r) for r in ranks], order, places)
+
+    def shard(self, x: Tensor, i: int) -> tuple[Tensor, Tensor | None]:
+        """The rows of rank ``i`` of the ascending ``x [b, t, ...]``: a tensor, and which of its rows."""
+        if self.places is not None:
+            return x, self.places[i]
+        return x.narrow(1, sum(self.tokens[:i]), self.tokens[i]), None
+
+
 class HeadExchange:
-    """Between ``[b, own tokens, all heads, d]`` and ``[b, tokens of the axis, own heads, d]``."""
+    """Between ``[b, own tokens, all heads, d]`` and ``[b, tokens of the axis, own heads, d]``; ``view``: of
+    this rank's queries and keys."""
 
     def __init__(self, axis: Axis, view: View, q: Tensor, k: Tensor) -> None:
         assert axis.group is not None
         self.axis, self.group = axis, axis.group
-        shards = [axis.at(view.q_ranks, i) for i in range(axis.size)]
-        self.tokens = [sum(map(view.layout.length, ranks)) for ranks in shards]
-        # each shard's rows ascend, but shards interleave (zigzag); kernels want all of them ascending
-        self.order = view.layout.ascending(tuple(r for ranks in shards for r in ranks), q.device)
-        self.heads, self.kv_heads = q.shape[2], k.shape[2]
-        q_slices, kv_slices = deal(self.heads, self.kv_heads, axis.size)
-        self._slices = {self.heads: q_slices, self.kv_heads: kv_slices}
+        view = axis.all_rows(view)
+        q_slices, kv_slices = deal(q.shape[2], k.shape[2], axis.size)
+        self.queries = Side.of(view.layout, view.q_ranks, q, q_slices)
+        self.keys = Side.of(view.keys, view.k_ranks, k, kv_slices)
 
-    def slices(self, total_heads: int) -> list[slice]:
-        """The heads of a tensor with ``total_heads``, queries' or keys', that each rank works on."""
-        return self._slices[total_heads]
-
-    def to_heads(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Scatter heads, gather tokens; one all-to-all for all tensors."""
-        per_tensor = [self.slices(x.shape[2]) for x in tensors]
-        sends = [
-            [x[:, :, s[i]] for x, s in zip(tensors, per_tensor, strict=True)] for i in range(self.axis.size)
-        ]
-        own = [_count(s[self.axis.index]) for s in per_tensor]
-        shapes = [
-            [(x.shape[0], t, n, x.shape[3]) for x, n in zip(tensors, own, strict=True)] for t in self.tokens
-        ]
-        received = self._exchange(sends, shapes)
-        return [self._sorted(torch.cat(parts, 1)) for parts in zip(*received, strict=True)]
-
-    def to_tokens(self, tensors: Sequence[Tensor], heads: Sequence[int]) -> list[Tensor]:
-        """The transpose: gather heads, scatter tokens. ``heads`` are the tensors' total heads; what several
-        ranks hold of one key/value head is added up."""
-        parts = [self._unsorted(x).split(self.tokens, 1) for x in tensors]
-        sends = [[p[i] for p in parts] for i in range(self.axis.size)]
-        own = self.tokens[self.axis.index]
-        per_tensor = [self.slices(total) for total in heads]
-        shapes = [
-            [(x.shape[0], own, _count(s[i]), x.shape[3]) for x, s in zip(tensors, per_tensor, strict=True)]
-            for i in range(self.axis.size)
-        ]
-        received = self._exchange(sends, shapes)
+    def to_heads(self, tensors: Sequence[Tensor], sides: Sequence[Side]) -> list[Tensor]:
+        """Scatter heads, gather tokens; one all-to-all for all tensors, each of which is of a side."""
+        ranks, own = range(self.axis.size), self.axis.index
+        received = self._exchange(
+            [[(x[:, :, s.slices[i]], None) for x, s in zip(tensors, sides, strict=True)] for i in ranks],
+            [
+                [
+                    (x.shape[0], s.tokens[i], _count(s.slices[own]), x.shape[3])
+                    for x, s in zip(tensors, sides, strict=True)
+                ]
+                for i in ranks
+            ],
+        )
+        whole = [torch.cat(parts, 1) for parts in zip(*received, strict=True)]
         return [
-            self._assembled(pieces, total)
-            for pieces, total in zip(zip(*received, strict=True), heads, strict=True)
+            x if s.order is None else x.index_select(1, s.order) for x, s in zip(whole, sides, strict=True)
         ]
 
-    def _assembled(self, pieces: Sequence[Tensor], heads: int) -> Tensor:
-        """All ``heads`` of the own tokens from every rank's."""
-        if heads >= self.axis.size:
-            return torch.cat(list(pieces), 2)
-        first = pieces[0]
-        shape = (*first.shape[:2], heads, first.shape[3])
-        out = first.new_zeros(shape, dtype=accumulation_dtype(first.dtype))
-        for s, piece in zip(self.slices(heads), pieces, strict=True):
-            out[:, :, s] += piece
-        return out.to(first.dtype)
+    def to_tokens(self, tensors: Sequence[Tensor], sides: Sequence[Side]) -> list[Tensor]:
+        """The transpose: gather heads, scatter tokens. What several ranks hold of one key/value head is added
+        up."""
+        ranks, own = range(self.axis.size), self.axis.index
+        received = self._exchange(
+            [[s.shard(x, i) for x, s in zip(tensors, sides, strict=True)] for i in ranks],
+            [
+                [
+                    (x.shape[0], s.tokens[own], _count(s.slices[i]), x.shape[3])
+                    for x, s in zip(tensors, sides, strict=True)
+                ]
+                for i in ranks
+            ],
+        )
+        return [_assembled(x, side) for x, side in zip(zip(*received, strict=True), sides, strict=True)]
 
     def _exchange(
-        self, sends: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[tuple[int, ...]]]
+        self,
+        sends: Sequence[Sequence[tuple[Tensor, Tensor | None]]],
+        shapes: Sequence[Sequence[tuple[int, ...]]],
     ) -> list[list[Tensor]]:
-        """Tensors to every rank; returns those of the given shapes from every rank."""
-        sizes = [[x.numel() for x in per_rank] for per_rank in sends]
-        packed = sends[0][0].new_empty(sum(map(sum, sizes)))
-        at = 0
-        for x in (x for per_rank in sends for x in per_rank):  # a slice of heads is copied once, to its place
-            packed[at : at + x.numel()].view(x.shape).copy_(x)
-            at += x.numel()
+        """Tensors, or some rows of them, to every rank; returns those of the given shapes from every rank."""
+        goes = [[_shape(*one) for one in per_rank] for per_rank in sends]
+        sizes = [sum(shape.numel() for shape in per_rank) for per_rank in goes]
+        packed = sends[0][0][0].new_empty(sum(sizes))
+        begin = 0
+        for (x, rows), shape in zip(chain(*sends), chain(*goes), strict=True):
+            place = packed[begin : begin + shape.numel()].view(shape)  # copied once, to where it is sent from
+            if rows is None:
+                place.copy_(x)
+            else:
+                torch.index_select(x, 1, rows, out=place)
+            begin += shape.numel()
         numels = [[torch.Size(shape).numel() for shape in per_rank] for per_rank in shapes]
-        flat = collectives.all_to_all(packed, list(map(sum, sizes)), list(map(sum, numels)), self.group)
+        flat = collectives.all_to_all(packed, sizes, list(map(sum, numels)), self.group)
         return [
             [x.view(shape) for x, shape in zip(buffer.split(n), per_rank, strict=True)]
             for buffer, n, per_rank in zip(flat, numels, shapes, strict=True)
         ]
 
-    def _sorted(self, x: Tensor) -> Tensor:
-        return x if self.order is None else x.index_select(1, self.order)
 
-    def _unsorted(self, x: Tensor) -> Tensor:
-        if self.order is None:
-            return x
-        x = x.contiguous()
-        return torch.empty_like(x).index_copy_(1, self.order, x)
+def _shape(x: Tensor, rows: Tensor | None) -> torch.Size:
+    return x.shape if rows is None else torch.Size((x.shape[0], len(rows), *x.shape[2:]))
+
+
+def _assembled(pieces: Sequence[Tensor], side: Side) -> Tensor:
+    """All heads of the own tokens from every rank's."""
+    if side.heads >= len(pieces):
+        return torch.cat(list(pieces), 2)
+    first = pieces[0]
+    shape = (*first.shape[:2], side.heads, first.shape[3])
+    out = first.new_zeros(shape, dtype=accumulation_dtype(first.dtype))
+    for s, piece in zip(side.slices, pieces, strict=True):
+        out[:, :, s] += piece
+    return out.to(first.dtype)
 
 
 def _count(heads: slice) -> int:
@@ -154,12 +186,13 @@ class ToHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, exchange: HeadExchange, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         ctx.exchange = exchange
-        return once(lambda: tuple(exchange.to_heads((q, k, v))))
+        sides = exchange.queries, exchange.keys, exchange.keys
+        return once(lambda: tuple(exchange.to_heads((q, k, v), sides)))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x: HeadExchange = ctx.exchange
-        return None, *x.to_tokens(grads, (x.heads, x.kv_heads, x.kv_heads))
+        return None, *x.to_tokens(grads, (x.queries, x.keys, x.keys))
 
 
 class ToTokens(torch.autograd.Function):
@@ -168,8 +201,8 @@ class ToTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, exchange: HeadExchange, out: Tensor) -> Tensor:
         ctx.exchange = exchange
-        return once(lambda: tuple(exchange.to_tokens((out,), (exchange.heads,))))[0]
+        return once(lambda: tuple(exchange.to_tokens((out,), (exchange.queries,))))[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return None, ctx.exchange.to_heads((grad,))[0]
+        return None, ctx.exchange.to_heads((grad,), (ctx.exchange.queries,))[0]

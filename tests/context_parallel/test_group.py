@@ -370,7 +370,7 @@ def shared_key_sent(rank: int, world: int) -> None:
     axis = cp._axes["ulysses"]
     exchange = HeadExchange(axis, View(mask, cp.layout, (rank,), (rank,)), q, k)
     part = torch.full((1, N, 1, 1), (256, 1, 1, 0)[rank], dtype=torch.bfloat16)
-    (total,) = exchange.to_tokens((part,), (1,))
+    (total,) = exchange.to_tokens((part,), (exchange.keys,))
     assert total.dtype == torch.bfloat16
     assert (total == 258).all(), "in bfloat16 the sum would stay 256"
 
@@ -417,12 +417,12 @@ def bad_calls(rank: int, world: int) -> None:
     expect("on 4 ranks: strategy 'usp' with ulysses=2, ring=2", call, "ulysses")
     expect("the mask is for 63 queries", call, mask=masks.causal(63))
     longer = masks.AttentionMask(N, 80, [(0, N, 0, 80)])
-    expect("64 queries and 80 keys, and a group splits one sequence", call, mask=longer)
+    expect("the mask is for 64 queries and 80 keys, the layout for 64 and 64", call, mask=longer)
     expect("disagree on the attention call", call, mask=mask if rank else masks.full(N))
     expect("disagree on the attention call", call, kernel="naive" if rank else "sdpa_math")
     expect("disagree on the attention call", call, dtype=torch.float32 if rank else torch.float64)
     expect("disagree on the attention call", call, layout="zigzag" if rank else "contiguous")
-    expect("rank 2: this rank holds 16 of 64 tokens", call, rows=3 if rank == 2 else None)
+    expect("rank 2: this rank holds 16 of 64 queries and 16 of 64 keys", call, rows=3 if rank == 2 else None)
     expect("does not make 4 ranks", lcab.context_parallel, "ring_p2p", ring=3)
     expect("ring=2: inner_ring = 3", lcab.context_parallel, "loongtrain", ulysses=2, inner_ring=3)
     expect("disagree on the context-parallel strategy", call, "ring_all_gather" if rank else "ring_p2p")

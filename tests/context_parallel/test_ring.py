@@ -108,9 +108,10 @@ def overlapped(rank: int, world: int) -> None:
     assert events == [*steps, "compute"]
     events.clear()
     out.backward(cp.shard(x[3], 1))
-    # keys start, block computed, gradient of the block before arrives, own gradient leaves, keys arrive
-    first = ["start", "compute", "start", "wait"]
-    middle = ["start", "compute", "wait", "start", "wait"] * (world - 2)
+    # keys start, block computed, the sum of its gradients so far arrives and leaves, keys arrive; the own
+    # block's gradients stay, and the next one's have nothing to wait for
+    first = ["start", "compute", "wait", "start", "compute", "start", "wait"]
+    middle = ["start", "compute", "wait", "start", "wait"] * (world - 3)
     assert events == [*first, *middle, "compute", "wait", "start", "wait"]
 
 
