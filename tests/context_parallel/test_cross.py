@@ -178,7 +178,7 @@ def attended(cp, q, k, v, mask):
 
 
 def two(rank: int, world: int) -> None:
-    conformance(rank, world, 1)
+    conformance(rank, world, 3)
     in_bfloat16(rank, world)
     encoder_and_decoder(rank, world)
     bound_module(rank, world)
@@ -196,7 +196,8 @@ def every(rank: int, world: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("checks", "world"), [(two, 2), (four, 4), pytest.param(every, 4, marks=pytest.mark.nightly)]
+    ("checks", "world"),
+    [(two, 2), (four, 4), *(pytest.param(every, n, marks=pytest.mark.nightly) for n in (2, 4))],
 )
 def test_on_processes(checks, world):
     run(checks, world)
