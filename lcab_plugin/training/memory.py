@@ -6,6 +6,7 @@ import gc
 import resource
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ def held_bytes(device: torch.device | str) -> int:
             continue
         for x in (found, found.grad if found.is_leaf else None):
             if x is not None and x.device.type == kind and x.layout == torch.strided:
-                storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+                with suppress(RuntimeError):  # a compiler's fake tensor has no memory
+                    storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
     return sum(storages.values())
 
 

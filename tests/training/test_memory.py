@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from lcab_plugin.training import memory
 from lcab_plugin.training.memory import GIB, Meter, held_bytes, peak_rss_gib
@@ -57,6 +58,14 @@ def test_tensors_that_live_are_counted_once() -> None:
     assert held_bytes("cuda") == 0
     del x, views
     assert held_bytes("cpu") == before
+
+
+def test_a_compilers_fake_tensor_has_no_memory() -> None:
+    before = held_bytes("cpu")
+    with FakeTensorMode():
+        fake = torch.empty(1000)
+    assert held_bytes("cpu") == before
+    del fake
 
 
 def test_on_a_cpu_states_are_computed_and_what_torch_does_not_count_is_none() -> None:
