@@ -51,8 +51,10 @@ def held_bytes(device: torch.device | str) -> int:
             continue
         for x in (found, found.grad if found.is_leaf else None):
             if x is not None and x.device.type == kind and x.layout == torch.strided:
-                with suppress(RuntimeError):  # a compiler's fake tensor has no memory
-                    storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+                with suppress(RuntimeError):  # a compiler's fake tensor has no address, or none that it says
+                    storage = x.untyped_storage()
+                    storages[storage.data_ptr()] = storage.nbytes()
+    storages.pop(0, None)
     return sum(storages.values())
 
 
