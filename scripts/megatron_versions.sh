@@ -10,7 +10,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 if [[ -z "${PYTHON:-}" ]]; then
     source scripts/setup.sh
-    setup deepspeed,megatron,transformers,triton,report,dev
+    setup deepspeed,megatron,transformers,triton,dev
     PYTHON=python
 fi
 case "${1:-}" in

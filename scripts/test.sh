@@ -3,7 +3,7 @@
 # every argument goes to pytest (./scripts/test.sh -k masks).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-setup deepspeed,megatron,transformers,triton,report,dev
+setup deepspeed,megatron,transformers,triton,dev
 
 ruff check .
 ruff format --check .

@@ -239,11 +239,8 @@ class CoreAttention(MegatronModule):
     ) -> Any:
         """The learnable offsets, split by tensor-parallel rank, under the name that Megatron's own attention
         gives them; nothing without them."""
-        state = (
-            {}
-            if isinstance(self.softmax_offset, torch.nn.Parameter) is False
-            else self.state_dict(keep_vars=True)
-        )
+        learnt = isinstance(self.softmax_offset, torch.nn.Parameter)
+        state = self.state_dict(keep_vars=True) if learnt else {}
         known = inspect.signature(make_sharded_tensors_for_checkpoint).parameters
         groups = {"tp_group": self.tp_group, "dp_cp_group": (metadata or {}).get("dp_cp_group")}
         return make_sharded_tensors_for_checkpoint(
