@@ -29,8 +29,6 @@ def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("--record-verified")
     if path is None:
         return
-    if getattr(config.option, "numprocesses", None):
-        raise pytest.UsageError("--record-verified counts in one process; leave -n out")
     config.option.nightly = True
     config.pluginmanager.register(Recorder(path))
 

@@ -13,20 +13,21 @@ import torch
 
 from lcab_plugin import kernels
 
-CELL = "conformance cell"  # the user property in which a test of the matrix lists the calls that ran
+# User properties of a test of the matrix: the calls that it made, and the kernel that it is of.
+CELL, KERNEL = "conformance cell", "conformance kernel"
 
 
 class Recorder:
     """Counts a run's cells by kernel and writes the kernels that passed every one of them.
 
     A kernel with a failed cell loses its record of this device; one whose cells were not all run (deselected,
-    stopped early) keeps what it had.
+    stopped early) keeps what it had. Under xdist (``-n``) the workers collect, and this process counts.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.kernel: dict[str, str] = {}  # of every collected cell, by node id
-        self.left: Counter[str] = Counter()
+        self.collected: Counter[str] = Counter()  # cells by kernel
+        self.ran: Counter[str] = Counter()
         self.failed: set[str] = set()
         self.passed: dict[str, list[list[dict[str, Any]]]] = {}
 
@@ -35,17 +36,25 @@ class Recorder:
         for item in items:
             callspec = getattr(item, "callspec", None)
             if callspec is not None and "cell" in callspec.params:
-                self.kernel[item.nodeid] = callspec.params["cell"]
-        self.left.update(self.kernel.values())
+                item.user_properties.append((KERNEL, callspec.params["cell"]))
+                self.collected[callspec.params["cell"]] += 1
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if hasattr(session.config, "workeroutput"):
+            session.config.workeroutput[KERNEL] = dict(self.collected)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        self.collected = Counter(getattr(node, "workeroutput", {}).get(KERNEL, self.collected))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        name = self.kernel.get(report.nodeid)
-        if name is None:
+        name = dict(report.user_properties).get(KERNEL)
+        if not isinstance(name, str):
             return
         if report.failed:
             self.failed.add(name)
         if report.skipped or report.when == "call":
-            self.left[name] -= 1
+            self.ran[name] += 1
         calls = dict(report.user_properties).get(CELL)
         if report.when == "call" and report.passed and calls:
             self.passed.setdefault(name, []).append(calls)
@@ -53,13 +62,13 @@ class Recorder:
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         records = json.loads(self.path.read_text()) if self.path.exists() else {}
-        for name in sorted(set(self.kernel.values())):
+        for name in sorted(self.collected):
             others = [entry for entry in records.get(name, []) if entry["device"] != device]
             if name in self.failed:
                 records[name] = others
                 terminalreporter.write_line(f"{name}: a cell failed, so it is not verified on {device}")
-            elif self.left[name]:
-                terminalreporter.write_line(f"{name}: {self.left[name]} cells did not run, its record stays")
+            elif left := self.collected[name] - self.ran[name]:
+                terminalreporter.write_line(f"{name}: {left} cells did not run, its record stays")
             elif name in self.passed:
                 records[name] = [*others, self._entry(name, device)]
                 terminalreporter.write_line(f"{name}: verified on {device}")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module, metadata
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
@@ -280,13 +281,13 @@ def _para_attn(problem: Problem, function: Callable[..., Tensor], **settings: An
 
 
 def _yunchang(problem: Problem, ring: str) -> Attend:
-    """Its attention over a ring of all ranks, with flash-attn on a GPU and PyTorch elsewhere."""
+    """Its attention over a ring of all ranks, with flash-attn on a GPU that has it and PyTorch elsewhere."""
     _require(problem, "full", "causal")
     package = load("yunchang", "yunchang")
     kinds = load("yunchang.kernels", "yunchang").AttnType
-    kind = kinds.FA if problem.case.q.is_cuda else kinds.TORCH_FLASH
+    kind = kinds.FA if problem.case.q.is_cuda and find_spec("flash_attn") else kinds.TORCH_FLASH
     if ring == "zigzag" and kind is not kinds.FA:
-        raise UnsupportedError("its zigzag ring runs flash-attn, which needs a GPU")
+        raise UnsupportedError("its zigzag ring runs flash-attn, which needs a GPU and is not PyTorch's")
     ranks = collectives.world_size()
     package.set_seq_parallel_pg(1, ranks, collectives.rank(), ranks)
     name = "basic_pytorch" if kind is kinds.TORCH_FLASH else ring
@@ -297,7 +298,7 @@ def _yunchang(problem: Problem, ring: str) -> Attend:
 def _yunchang_ulysses(problem: Problem) -> Attend:
     _require(problem, "full", "causal")
     package = load("yunchang", "yunchang")
-    if not problem.case.q.is_cuda:
+    if not (problem.case.q.is_cuda and find_spec("flash_attn")):
         raise UnsupportedError(
             "without flash-attn, which needs a GPU, its all-to-all goes around a ring over the default group"
         )

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Context parallelism on the GPUs of one machine, one process a GPU over NCCL: conformance, speeds, a trace.
 #
-#   scripts/gpu/context_parallel.sh OUT [STEP ...]     steps: probe conformance bench trace (all if left out)
+#   scripts/gpu/context_parallel.sh OUT [STEP ...]     steps: probe conformance bench peers trace (all if left out)
 #
 # Records stream into the folder OUT as they come. PYTHON names the interpreter (python3), with lcab_plugin and
 # pytest importable from it; WORLD the number of processes (the GPUs there are). Where there is no GPU the same
 # steps run over gloo on tiny shapes: a rehearsal of the script, which measures nothing.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-[[ $# -ge 1 ]] || { echo "usage: scripts/gpu/context_parallel.sh OUT [probe conformance bench trace]" >&2; exit 2; }
+[[ $# -ge 1 ]] || { echo "usage: scripts/gpu/context_parallel.sh OUT [probe conformance bench peers trace]" >&2; exit 2; }
 OUT="$1"; shift
 mkdir -p "$OUT"
 OUT="$(cd "$OUT" && pwd)"
@@ -54,17 +54,29 @@ conformance() {
     return "$status"
 }
 
-# Every strategy, forward and backward; beside one GPU alone at the shorter length: it takes WORLD times as long.
+# Every strategy, forward and backward, beside one GPU alone, whose time over WORLD is the ideal.
 bench() {
-    local tokens status=0 baseline=single
+    local tokens status=0
     for tokens in "${PER_GPU[@]}"; do
         ranks -m lcab_plugin.cli bench cp --kernel "$KERNEL" "${SHAPE[@]}" --masks "$MASKS" \
-            --seqlens "$((tokens * WORLD))" --layouts "${LAYOUTS:-balanced}" --passes fwd,bwd --baseline "$baseline" \
+            --seqlens "$((tokens * WORLD))" --layouts "${LAYOUTS:-balanced,contiguous}" --passes fwd,bwd --baseline single \
             --cell-seconds "$CELL_SECONDS" --timeout 120 --out "$OUT/cp-$tokens-per-gpu.jsonl" \
             > "$OUT/cp-$tokens-per-gpu.txt" 2>&1 || status=1
         tail -n 3 "$OUT/cp-$tokens-per-gpu.txt"
-        baseline=none
     done
+    return "$status"
+}
+
+# The same tensors through other packages (scripts/requirements-peers.txt), those that are installed. Several of
+# them know no grouped heads.
+peers() {
+    local shape=(--heads 32:32 "${SHAPE[@]:2}")
+    ((GPUS)) || shape=("${SHAPE[@]}")
+    ranks -m lcab_plugin.cli bench peers --kernel "$KERNEL" "${shape[@]}" \
+        --masks causal,causal_document,sliding_window_causal --seqlens "$((PER_GPU[-1] * WORLD))" \
+        --cell-seconds "$CELL_SECONDS" --timeout 120 --out "$OUT/peers.jsonl" > "$OUT/peers.txt" 2>&1
+    local status=$?
+    tail -n 3 "$OUT/peers.txt"
     return "$status"
 }
 
@@ -78,10 +90,10 @@ trace() {
 }
 
 failed=()
-for step in "${@:-probe conformance bench trace}"; do
+for step in "${@:-probe conformance bench peers trace}"; do
     for one in $step; do
         case "$one" in
-            probe | conformance | bench | trace) ;;
+            probe | conformance | bench | peers | trace) ;;
             *) echo "no step is called $one" >&2; exit 2 ;;
         esac
         echo "== $one"

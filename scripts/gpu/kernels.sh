@@ -29,11 +29,11 @@ probe() {
     lcab doctor | tee "$OUT/doctor.txt"
 }
 
-# One process a kernel, all at once: compilation is what takes long.
+# A few processes a kernel, all kernels at once: compilation is what takes long.
 conformance() {
     local name
     for name in $(available); do
-        timeout "${CONFORMANCE_SECONDS:-400}" "$PYTHON" -m pytest -q -p no:cacheprovider --tb=short -rf \
+        timeout "${CONFORMANCE_SECONDS:-400}" "$PYTHON" -m pytest -q -n 4 -p no:cacheprovider --tb=short -rf \
             tests/kernels/test_conformance.py -k "$name and not sdpa_$name" --record-verified "$OUT/verified-$name.json" \
             > "$OUT/conformance-$name.log" 2>&1 &
     done

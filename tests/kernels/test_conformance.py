@@ -7,14 +7,18 @@ proved goes to the records with ``--record-verified lcab_plugin/kernels/verified
 
 from __future__ import annotations
 
+import fcntl
+import gc
 import json
 import math
 import re
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import gaps
@@ -371,7 +375,18 @@ def test_inputs(layout, name, cell):
     cell.judge(*laid_out(x, layout), MASKS[name])
 
 
+@pytest.fixture
+def most_of_the_memory():
+    """One test at a time, of however many processes test on this GPU."""
+    with (Path(tempfile.gettempdir()) / "lcab_plugin_most_of_the_memory").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 @pytest.mark.nightly
+@pytest.mark.usefixtures("most_of_the_memory")
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU with 20 GiB free")
 def test_strides_past_2_to_the_31_elements(cell):
     if torch.cuda.mem_get_info()[0] < 20 * 2**30:
@@ -388,6 +403,7 @@ def test_strides_past_2_to_the_31_elements(cell):
 
 
 @pytest.mark.nightly
+@pytest.mark.usefixtures("most_of_the_memory")
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU with 60 GiB free")
 @pytest.mark.parametrize("cell", [k for k in KERNELS if k not in DENSE], indirect=True)
 def test_outputs_past_2_to_the_31_elements(cell):

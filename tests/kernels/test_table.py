@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
-from types import SimpleNamespace
+from pathlib import Path
 
 import gaps
 import pytest
 import torch
 from cases import twelve
-from verified import CELL, Recorder
 
 import lcab_plugin as lcab
 from lcab_plugin import kernels, masks, operation
@@ -153,42 +154,53 @@ def test_verified_reads_the_records(monkeypatch):
     assert kernels.verified("fa2") == "nothing yet"
 
 
-class Run:
-    """A conformance run as the recorder sees it."""
+MATRIX = """import pytest, torch
+from verified import CELL, Recorder
 
-    def __init__(self, path):
-        self.recorder = Recorder(path)
+@pytest.fixture
+def cell(request):
+    request.node.user_properties.append((CELL, calls := []))
+    return lambda dtype: calls.append({"dtype": dtype, "head_dim": 64, "backward": True})
 
-    def collect(self, **kernel):
-        items = [
-            SimpleNamespace(nodeid=i, callspec=SimpleNamespace(params={"cell": k})) for i, k in kernel.items()
-        ]
-        self.recorder.pytest_collection_modifyitems([*items, SimpleNamespace(nodeid="other")])
-        return self
+@pytest.mark.parametrize("cell", ["naive", "sdpa_math", "sdpa_flash"], indirect=True)
+@pytest.mark.parametrize("dtype", ["float32", "float64", "none"])
+def test_cell(request, cell, dtype):
+    if dtype == "none":
+        pytest.skip("refused")
+    cell(dtype)
+    assert "sdpa_math" not in request.node.name or FINE
 
-    def report(self, nodeid, outcome="passed", when="call", dtype="float32"):
-        properties = [
-            (CELL, [{"dtype": dtype, "head_dim": 64, "backward": True}] if outcome == "passed" else [])
-        ]
-        flags = {o: o == outcome for o in ("passed", "failed", "skipped")}
-        self.recorder.pytest_runtest_logreport(
-            SimpleNamespace(nodeid=nodeid, when=when, user_properties=properties, **flags)
-        )
+@pytest.mark.parametrize("number", range(2))
+def test_other(number):
+    pass
+"""
+CONFTEST = """from pathlib import Path
+import torch
+from verified import Recorder
 
-    def end(self):
-        self.recorder.pytest_terminal_summary(SimpleNamespace(write_line=lambda line: None))
-        return json.loads(self.recorder.path.read_text())
+torch.cuda.is_available = lambda: False
+
+def pytest_configure(config):
+    config.pluginmanager.register(Recorder(Path("verified.json")))
+"""
 
 
-def test_only_a_whole_run_is_recorded(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    path = tmp_path / "verified.json"
-    run = Run(path).collect(a="naive", b="naive", c="sdpa_math", d="sdpa_flash", e="naive")
-    run.report("a")
-    run.report("b", dtype="float64")
-    run.report("e", "skipped", "setup")
-    run.report("c", "failed")
-    records = run.end()  # d did not run
+def recorded(folder, *arguments, fine=False):
+    """The records after a run of pytest over three kernels: sdpa_math fails unless ``fine``."""
+    (folder / "conftest.py").write_text(CONFTEST)
+    (folder / "test_matrix.py").write_text(f"FINE = {fine}\n{MATRIX}")
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == (0 if fine else 1), done.stdout + done.stderr
+    return json.loads((folder / "verified.json").read_text())
+
+
+@pytest.mark.parametrize("processes", [(), ("-n", "2")], ids=["one process", "workers"])
+def test_only_a_whole_run_is_recorded(tmp_path, processes):
+    """One whose every cell passed or was refused; not one with a failed or a deselected cell."""
+    records = recorded(tmp_path, *processes, "--deselect", "test_matrix.py::test_cell[float64-sdpa_flash]")
     assert list(records) == ["naive"]
     assert records["naive"][0] | {"date": ""} == {
         "device": "CPU",
@@ -201,7 +213,8 @@ def test_only_a_whole_run_is_recorded(tmp_path, monkeypatch):
         "date": "",
     }
     gpu = {"device": "NVIDIA H100", "cells": 3}
-    path.write_text(json.dumps(records | {"naive": [*records["naive"], gpu]}))
-    run = Run(path).collect(a="naive")
-    run.report("a", "failed")
-    assert run.end() == {"naive": [gpu]}
+    (tmp_path / "verified.json").write_text(json.dumps({"sdpa_math": [records["naive"][0], gpu]}))
+    assert recorded(tmp_path, *processes)["sdpa_math"] == [gpu]
+    again = recorded(tmp_path, *processes, fine=True)
+    assert list(again) == ["naive", "sdpa_math", "sdpa_flash"]
+    assert again["sdpa_math"][0] == gpu
