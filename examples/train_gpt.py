@@ -3,6 +3,7 @@
     deepspeed examples/train_gpt.py                                       # preset tiny, one process
     deepspeed --num_gpus 2 examples/train_gpt.py --deepspeed_config examples/configs/zero3.json
     deepspeed --num_gpus 2 examples/train_gpt.py --strategy ring_p2p      # two ranks share each sequence
+    deepspeed --num_gpus 2 examples/train_gpt.py --kernel auto --strategy auto   # the fastest by prediction
     torchrun --nproc-per-node 8 examples/train_gpt.py --preset 1b --dtype bf16 --strategy ulysses
 
 Set DS_ACCELERATOR=cpu where there is no GPU. Records go to runs/<name>/metrics.jsonl.
@@ -244,10 +245,13 @@ def prepare(args: argparse.Namespace) -> tuple[Trainer, loop.Job]:
     text = texts[0]
     config = arguments.model_config(args, text.corpus.vocab)
     model = GPT(config, args.seed, args.activation_checkpointing, args.keep_attention)
+    attention = lcab.AttentionConfig.from_dict(settings.config["lcab"])
+    workload = loop.workload(text, config, attention.mask, settings.dtype) if attention.undecided else None
     engine, _, _, _ = lcab_deepspeed.initialize(
         model=model,
         model_parameters=model.parameters(),
         config=settings.config,
+        workload=workload,
         lr_scheduler=None if "scheduler" in settings.config else partial(warm_up, steps=args.warmup),
     )
     trainer = Trainer(engine)

@@ -2,6 +2,7 @@
 
     python examples/train_gpt_megatron.py                                     # preset tiny, one process
     torchrun --nproc-per-node 2 examples/train_gpt_megatron.py --strategy ring_p2p
+    torchrun --nproc-per-node 2 examples/train_gpt_megatron.py --kernel auto --strategy auto
     torchrun --nproc-per-node 8 examples/train_gpt_megatron.py --preset 1b --vocab 258 \\
         --tensor-parallel 2 --sequence-parallel --strategy ulysses --distributed-optimizer
 
@@ -381,6 +382,9 @@ def prepare(args: argparse.Namespace) -> tuple[Trainer, loop.Job]:
     model = arguments.model_config(args, texts[0].corpus.vocab)
     tp, pp = args.tensor_parallel, args.pipeline_parallel
     gpt_in_megatron.require_degrees(model, args.seqlen, tp, pp, cp, args.sequence_parallel)
+    if attention.undecided:
+        workload = loop.workload(texts[0], model, attention.mask, args.dtype, tp)
+        attention = collectives.together(lambda: lcab_megatron.decided(attention, workload, cp, tp))
     part = build(args, model, transformer_config(args, model, cp), attention).to(device())
     trainer = Trainer(args, model, part, attention)
     slots = collectives.all_gather_object(lcab_megatron.describe(part))
@@ -389,6 +393,7 @@ def prepare(args: argparse.Namespace) -> tuple[Trainer, loop.Job]:
         "framework": "megatron",
         "data": texts[0].corpus.facts(),
         "attention": attention.to_dict(),
+        "auto": attention.chosen and attention.chosen.record,
         "kernel_version": kernels.get(attention.kernel).version(),
         "strategy": plugged.describe(),
         "degrees": plugged.degrees,

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
-from lcab_plugin import kernels, masks
+from lcab_plugin import kernels, masks, planner
 from lcab_plugin.context_parallel.topology import (
     AXES,
     PLACEMENTS,
@@ -19,18 +19,20 @@ from lcab_plugin.context_parallel.topology import (
 )
 from lcab_plugin.errors import LcabError, unknown
 from lcab_plugin.layout import LAYOUTS
+from lcab_plugin.planner import AUTO
 
 
 class AttentionConfig(BaseModel):
     """Which kernel, context-parallel strategy, layout and mask family attention uses. Immutable.
 
-    A batch's own mask travels as an argument of the forward call; ``mask`` here names its family.
+    A batch's own mask travels as an argument of the forward call; ``mask`` here names its family. Kernel,
+    strategy and layout may be ``"auto"``: the planner chooses when ranks and shapes are known (``decided``).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    kernel: str = Field("sdpa_flash", description="a name of `lcab kernels`")
-    strategy: str = Field("none", description=", ".join(AXES))
+    kernel: str = Field("sdpa_flash", description="a name of `lcab kernels`, or auto")
+    strategy: str = Field("none", description=", ".join((*AXES, AUTO)))
     ulysses: int | None = Field(None, ge=1, description="Ulysses degree; follows from the world if left out")
     ring: int | None = Field(None, ge=1, description="ring degree; follows from the world if left out")
     inner_ring: int | None = Field(None, ge=1, description="LoongTrain's inner ring; divides ring")
@@ -39,21 +41,22 @@ class AttentionConfig(BaseModel):
         description="what neighbouring ranks share in usp and loongtrain: head_first, a sequence's heads "
         "(Ulysses inside the node); context_first, its rings",
     )
-    layout: str = Field("zigzag", description=", ".join(LAYOUTS))
+    layout: str = Field("zigzag", description=", ".join((*LAYOUTS, AUTO)))
     mask: str = Field("causal", description="the mask family of the batches, a name of `lcab masks list`")
     scale: float | None = Field(None, gt=0, description="softmax scale; head_dim ** -0.5 if left out")
     softcap: float | None = Field(None, gt=0, description="logit soft cap")
     deterministic: bool = Field(False, description="bitwise repeatable backward")
+    _chosen: planner.Chosen | None = PrivateAttr(None)
 
     @field_validator("kernel")
     @classmethod
     def _known_kernel(cls, name: str) -> str:
-        return _known("kernel", name, kernels.names())
+        return _known("kernel", name, (*kernels.names(), AUTO))
 
     @field_validator("strategy")
     @classmethod
     def _known_strategy(cls, name: str) -> str:
-        return strategy_name(name)
+        return name if name == AUTO else strategy_name(name)
 
     @field_validator("placement")
     @classmethod
@@ -64,7 +67,7 @@ class AttentionConfig(BaseModel):
     @field_validator("layout")
     @classmethod
     def _known_layout(cls, name: str) -> str:
-        return _known("layout", name, LAYOUTS)
+        return _known("layout", name, (*LAYOUTS, AUTO))
 
     @field_validator("mask")
     @classmethod
@@ -112,14 +115,46 @@ class AttentionConfig(BaseModel):
         """The degrees of the strategy over ``size`` ranks, by the names ``context_parallel()`` takes.
 
         Raises:
-            LcabError: the degrees given do not make ``size``.
+            LcabError: the degrees given do not make ``size``, or a setting is still ``"auto"``.
         """
+        if self.undecided:
+            auto = " and ".join(f"{name} 'auto'" for name in self.undecided)
+            raise LcabError(
+                f"{auto} {'is' if len(self.undecided) == 1 else 'are'} not decided yet; call "
+                "decided(planner.Workload(mask, heads, kv_heads, head_dim, dtype), ...), or give names"
+            )
         return resolve_degrees(self.strategy, size, self._given())
 
     @property
     def cp_size(self) -> int | None:
-        """Context-parallel ranks by the degrees given; None where one is left out."""
-        return ranks_of(self.strategy, self._given())
+        """Context-parallel ranks by the degrees given; None where one is left out, or for ``"auto"``."""
+        return None if self.strategy == AUTO else ranks_of(self.strategy, self._given())
+
+    @property
+    def undecided(self) -> tuple[str, ...]:
+        """The settings that are left to the planner."""
+        return tuple(name for name in planner.SETTINGS if getattr(self, name) == AUTO)
+
+    @property
+    def chosen(self) -> planner.Chosen | None:
+        """What ``decided`` put for ``"auto"``, to print and to record; None where nothing was left to it."""
+        return self._chosen
+
+    def decided(
+        self, workload: planner.Workload, cp: int, hardware: planner.Hardware, gpus_per_node: int = 8
+    ) -> AttentionConfig:
+        """These settings with what the planner puts for ``"auto"`` on ``cp`` ranks, neighbours in the world.
+        Equal arguments give equal answers; no collective.
+
+        Raises:
+            LcabError: nothing can run; the message gives the reason.
+        """
+        if not self.undecided:
+            return self
+        chosen = planner.choose(self.to_dict(), workload, cp, hardware, gpus_per_node)
+        made = AttentionConfig.from_dict(chosen.settings)
+        made._chosen = chosen
+        return made
 
     def _given(self) -> dict[str, int | None]:
         return {"ulysses": self.ulysses, "ring": self.ring, "inner_ring": self.inner_ring}

@@ -7,6 +7,7 @@ import json
 import pytest
 
 import lcab_plugin as lcab
+from lcab_plugin import masks, planner
 
 
 def test_the_section_of_a_deepspeed_config():
@@ -43,6 +44,27 @@ def test_a_ring_of_rings():
         lcab.LcabError, match="ring=4: inner_ring = 3 does not divide it; give one of: 1, 2, 4"
     ):
         config.degrees(8)
+
+
+def test_auto_is_decided_once_ranks_and_shapes_are_known():
+    section = {"kernel": "auto", "strategy": "auto", "mask": "full"}
+    config = lcab.AttentionConfig.from_dict(section)
+    assert (config.undecided, config.cp_size, config.chosen) == (("kernel", "strategy"), None, None)
+    with pytest.raises(lcab.LcabError, match=r"kernel 'auto' and strategy 'auto' are not decided yet; call"):
+        config.degrees(4)
+    with pytest.raises(lcab.LcabError, match=r"kernel 'auto' is not decided yet"):
+        lcab.AttentionConfig.from_dict({"kernel": "auto"}).degrees(1)
+    workload = planner.Workload(masks.full(4096), 8, 8, 64, "fp32")
+    decided = config.decided(workload, 4, planner.HARDWARE["cpu"])
+    assert decided.undecided == ()
+    assert decided.cp_size == 4
+    assert (decided.kernel, decided.layout, decided.mask) == ("sdpa_flash", "zigzag", "full")
+    assert decided.chosen.settings == decided.to_dict()
+    assert decided.degrees(4) == decided.chosen.record["degrees"]
+    assert decided.decided(workload, 4, planner.HARDWARE["cpu"]) is decided
+    spelled_out = lcab.AttentionConfig.from_dict(decided.to_dict())
+    assert spelled_out.chosen is None
+    assert spelled_out.to_dict() == decided.to_dict()
 
 
 def test_megatrons_names():

@@ -112,6 +112,21 @@ def _model(name: str, numbers: dict[str, int | None], heads: str | None, dtype: 
     return replace(planner.model(name), dtype=dtype, **given)
 
 
+def _measured(path: Path) -> list[dict[str, Any]]:
+    """What was measured in a file, or in all below a folder, of which those that cannot be read are named."""
+    from lcab_plugin.planner import calibrate
+    from lcab_plugin.report import sources
+
+    found = [sources.valid(path)] if path.is_file() else sources.load(path)
+    for source in found:
+        if source.problem is not None:
+            typer.echo(f"not calibrated to: {source.name}: {source.problem}", err=True)
+    cells = [record for source in found for record in calibrate.measured(source.records)]
+    if not cells:
+        raise LcabError(f"{path} holds no measured cell; run `lcab bench kernels --out FILE.jsonl` first.")
+    return cells
+
+
 def _calibrated(
     path: Path | None, machine: Hardware, dtype: str, inside: float | None
 ) -> tuple[Calibration | None, Hardware]:
@@ -120,7 +135,7 @@ def _calibrated(
 
     if path is None:
         return None, machine
-    fitted = calibrate.fit(calibrate.read(path), machine, dtype)
+    fitted = calibrate.fit(_measured(path), machine, dtype)
     if not fitted.errors:
         reasons = "; ".join(f"{reason} ({n})" for reason, n in fitted.left_out.most_common(3))
         raise LcabError(f"no record of {path} can be fitted for {machine.name} in {dtype}: {reasons}.")

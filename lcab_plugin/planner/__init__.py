@@ -3,8 +3,8 @@
 Areas and bytes come from the mask algebra and are exact; only speeds are modelled (docs/planner.md).
 """
 
-from lcab_plugin.planner.auto import AUTO, Chosen, choose
-from lcab_plugin.planner.hardware import HARDWARE, Hardware, Link, find
+from lcab_plugin.planner.auto import AUTO, SETTINGS, Chosen, Workload, choose
+from lcab_plugin.planner.hardware import HARDWARE, Hardware, Link, find, of
 from lcab_plugin.planner.plan import Choice, Prediction, best, rank, setting
 from lcab_plugin.planner.predict import Setting
 from lcab_plugin.planner.shape import CHECKPOINTING, MODELS, Cluster, Model, model
@@ -14,6 +14,7 @@ __all__ = [
     "CHECKPOINTING",
     "HARDWARE",
     "MODELS",
+    "SETTINGS",
     "Choice",
     "Chosen",
     "Cluster",
@@ -22,10 +23,12 @@ __all__ = [
     "Model",
     "Prediction",
     "Setting",
+    "Workload",
     "best",
     "choose",
     "find",
     "model",
+    "of",
     "rank",
     "setting",
 ]

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,34 +61,15 @@ class Calibration:
     left_out: Counter[str] = field(default_factory=Counter)
 
 
-def read(path: Path) -> list[Record]:
-    """The measured cells and the training steps of a JSON-lines file, or of all below a folder.
-
-    Raises:
-        LcabError: there is no such file, or no line of it is a cell that was measured.
-    """
-    if not path.exists():
-        raise LcabError(f"{path} does not exist; give records of `lcab bench`, a file or a folder.")
-    files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
-    found = [record for file in files for record in _measured(file)]
-    if not found:
-        raise LcabError(f"{path} holds no measured cell; run `lcab bench kernels --out FILE.jsonl` first.")
-    return found
-
-
-def _measured(path: Path) -> list[Record]:
-    """A line that a kill tore is passed over, as by every reader. A step is given its ``run``."""
+def measured(lines: Iterable[Record]) -> list[Record]:
+    """The measured cells and the training steps of one file's records. A step is given its ``run``."""
     found: list[Record] = []
     run: Record | None = None
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        kind = record.get("type") if isinstance(record, dict) else None
+    for record in lines:
+        kind = record["type"]
         if kind == "run":
             run = record
-        elif kind == "cell" and record.get("status") == "ok":
+        elif kind == "cell" and record["status"] == "ok":
             found.append(record)
         elif kind == "step" and run is not None and "model" in run and record["step"] > run["first_step"]:
             found.append({**record, "run": run})  # a run's first step compiles and allocates

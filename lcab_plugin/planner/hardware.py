@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
+
 from lcab_plugin.errors import LcabError, unknown
 
 
@@ -115,3 +117,16 @@ def find(name: str) -> Hardware:
     if not found:
         raise unknown("hardware", name, HARDWARE)
     return HARDWARE[max(found, key=len)]
+
+
+def of(device: torch.device | str) -> Hardware:
+    """What is known of a device at hand. A GPU of another name stands for an H100 with its own memory, and is
+    called that."""
+    if torch.device(device).type != "cuda":
+        return HARDWARE["cpu"]
+    properties = torch.cuda.get_device_properties(device)
+    try:
+        known = find(properties.name)
+    except LcabError:
+        known = replace(HARDWARE["H100"], name=f"{properties.name}, unknown here, taken for an H100")
+    return replace(known, memory=float(properties.total_memory))

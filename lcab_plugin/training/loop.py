@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from lcab_plugin.context_parallel import collectives
 from lcab_plugin.errors import LcabError
+from lcab_plugin.planner import Workload
 from lcab_plugin.training import machine
-from lcab_plugin.training.batch_mask import Window
+from lcab_plugin.training.batch_mask import Window, with_mask
 from lcab_plugin.training.data import PackedText, Text, batch_digest, open_corpus
 from lcab_plugin.training.display import Progress
 from lcab_plugin.training.evaluation import ByPosition, evaluate
@@ -89,6 +90,13 @@ def open_texts(args: argparse.Namespace) -> tuple[PackedText, PackedText]:
     options = {"seed": args.seed, "doc_lengths": args.doc_lengths, "loss_mask": args.loss_mask}
     text, validation_text = (PackedText(corpus, args.seqlen, **options) for corpus in corpora)
     return text, validation_text
+
+
+def workload(text: PackedText, model: GPTConfig, family: str, dtype: str, tp: int = 1) -> Workload:
+    """What ``"auto"`` is decided for: the model's attention on the first sample of ``text``, with the heads
+    of one of ``tp`` tensor-parallel ranks."""
+    _, mask = with_mask(text.batch([0]), family)
+    return Workload(mask, model.heads // tp, model.kv_heads // tp, model.head_dim, dtype, "the first sample")
 
 
 def identity(

@@ -63,6 +63,7 @@ class Settings:
         return {
             "framework": "deepspeed",
             "attention": plugin.config.to_dict(),
+            "auto": plugin.config.chosen and plugin.config.chosen.record,
             "kernel_version": kernels.get(plugin.config.kernel).version(),
             "strategy": plugin.cp.describe(),
             "degrees": plugin.cp.degrees,

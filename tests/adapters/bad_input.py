@@ -15,6 +15,7 @@ from lcab_plugin import masks
 from lcab_plugin.adapters import deepspeed as adapter
 from lcab_plugin.context_parallel import collectives
 from lcab_plugin.errors import LcabError
+from lcab_plugin.planner import Workload
 from tests.adapters.tiny_gpt import WIDTH, Case, DenseAttention, TinyGPT
 
 
@@ -32,6 +33,10 @@ def start(settings: Any, model: nn.Module | None = None, **options: Any) -> Any:
 
 def on_last_rank(yes: Any, no: Any) -> Any:
     return yes if collectives.rank() == collectives.world_size() - 1 else no
+
+
+def choose(**given: Any) -> Any:
+    return start(config({"kernel": "auto", "strategy": "auto"}), **given)
 
 
 def forward(heads: int = 4, tokens: int = 8, seqlen: int = 16) -> None:
@@ -88,6 +93,7 @@ def with_experts() -> nn.Module:
     return model
 
 
+AUTO_LAYOUT = {"strategy": "ulysses", "layout": "auto"}
 HALF = [torch.tensor([1, 0, 1, 0])] * 2
 ZERO3 = {"stage": 3, "zero_optimization": {"reduce_scatter": False, "reduce_bucket_size": 1000}}
 
@@ -143,6 +149,18 @@ MISTAKES: dict[str, Callable[[], object]] = {
     "attention with parameters": lambda: ulysses(nn.Linear(2, 2)),
     "sequence first": lambda: ulysses(gather_idx=0),
     "DistributedAttention without layout": lambda: start(config(), TinyGPT(lambda: Slot(DenseAttention()))),
+    "DistributedAttention with any layout": lambda: start(
+        config(AUTO_LAYOUT),
+        TinyGPT(lambda: Slot(DenseAttention())),
+        workload=Workload(masks.causal(16), 4, 2, 8, "fp32"),
+    ),
+    "auto for nothing known": choose,
+    "auto for other heads": lambda: choose(
+        workload=Workload(masks.causal(16), on_last_rank(2, 4), 2, 8, "fp32")
+    ),
+    "auto without a kernel": lambda: start(
+        config({"kernel": "auto", "softcap": 5.0}), workload=Workload(masks.causal(16), 4, 2, 8, "fp32")
+    ),
     "family needs lengths": lambda: ulysses_forward("causal_document", None),
     "further arguments": lambda: ulysses_forward("causal", torch.ones(1)),
 }

@@ -16,11 +16,16 @@ from deepspeed.sequence.layer import DistributedAttention
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
+from lcab_plugin import masks
 from lcab_plugin.adapters import deepspeed as adapter
 from lcab_plugin.context_parallel import collectives
+from lcab_plugin.planner import Workload
 from tests.adapters import bad_input
 from tests.adapters.tiny_gpt import (
+    HEADS,
+    KV_HEADS,
     LEARNING_RATE,
+    WIDTH,
     Case,
     DenseAttention,
     Result,
@@ -48,7 +53,9 @@ def train(case: Case) -> Result:
         for parameter in model.parameters():  # the weights of rank 0 must arrive here
             nn.init.normal_(parameter)
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
-    engine, *_ = adapter.initialize(model=model, optimizer=optimizer, config=case.config())
+    workload = Workload(masks.causal(case.seqlen), HEADS, KV_HEADS, WIDTH // HEADS, case.dtype)
+    engine, *_ = adapter.initialize(model=model, optimizer=optimizer, config=case.config(), workload=workload)
+    assert (engine.lcab.config.chosen is not None) == ("auto" in case.lcab.values())
     result = train_engine(engine, case)
     engine.destroy()
     return result

@@ -167,6 +167,10 @@ def bad_inputs() -> dict[str, tuple[Callable[[], Any], str]]:
             lambda: with_ring()(*qkv(2, 2, ROWS), None, attn_mask_type=kinds.no_mask),
             "--context-parallel-size 1",
         ),
+        "undecided": (
+            lambda: lcab_megatron.swap_core_attention(None, AttentionConfig(kernel="auto")),
+            "kernel 'auto' is not decided yet",
+        ),
         "unbound": (
             lambda: lcab_megatron.CoreAttention(transformer_config(Cell(""), 2, 1), 1, kinds.causal, "self"),
             "swap_core_attention",

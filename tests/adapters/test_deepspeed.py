@@ -25,6 +25,7 @@ RING = {"strategy": "ring_p2p"}
 GATHER = {"strategy": "ring_all_gather"}
 NO_SCATTER: dict[str, Any] = {"zero_optimization": {"reduce_scatter": False}}
 NO_CONTIGUOUS = {"zero_optimization": {"reduce_scatter": False, "contiguous_gradients": False}}
+AUTO = {"kernel": "auto", "strategy": "auto", "layout": "auto", "mask": "causal_document"}
 FLOAT32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
 
 
@@ -54,6 +55,7 @@ def four_ranks() -> list[Case]:
             3,
             deepspeed={"sequence_parallel_size": 2},
         ),
+        Case("zero1 auto", 2, AUTO, 1, 2, deepspeed={"sequence_parallel_size": 2}, documents=True),
         Case("zero2 twice the gradient", 2, ULYSSES, 2, tamper=2.0),
         Case("zero3 without its factor", 2, ULYSSES, 3, tamper=0.5),
     ]
@@ -125,6 +127,7 @@ def check(how: str, world: int, cases: list[Case], folder: Path, timeout: float 
 def test_four_ranks_equal_one_process(tmp_path: Path) -> None:
     output = check("torchrun", 4, four_ranks(), tmp_path)
     assert "layers.0-1.attn  Attention: kernel sdpa_flash (" in output
+    assert output.count("lcab_plugin: auto (kernel, strategy, layout): kernel sdpa_flash, strategy ") == 1
     assert "data parallel 2 x accumulation 2 x context parallel 2, over which ZeRO 3 averages" in output
 
 

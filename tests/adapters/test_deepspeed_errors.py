@@ -47,6 +47,10 @@ WORDS = {
     "attention with parameters": ["has parameters"],
     "sequence first": ["gather_idx 0"],
     "DistributedAttention without layout": ['"layout": "contiguous"'],
+    "DistributedAttention with any layout": ['"layout": "contiguous"'],
+    "auto for nothing known": ["kernel 'auto' and strategy 'auto'", "workload=planner.Workload(mask, heads"],
+    "auto for other heads": ['ranks disagree on the workload of "auto"', "'heads': 4"],
+    "auto without a kernel": ["no kernel of this machine serves", "and softcap"],
     "family needs lengths": ["causal_document", "mask="],
     "further arguments": ["1 further arguments (Tensor)"],
 }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
+import io
 import json
 import sys
 import types
@@ -16,6 +18,7 @@ import torch
 
 pytest.importorskip("megatron.core")
 
+from lcab_plugin import masks
 from lcab_plugin.errors import LcabError
 from tests import distributed
 
@@ -216,6 +219,12 @@ def a_spec_by_name_and_what_resolved(rank: int, world: int) -> None:
     module = importlib.import_module("lcab_plugin.adapters.megatron.layer_spec")
     core = module.gpt_layer_spec.submodules.self_attention.submodules.core_attention
     assert core.plug.config.kernel == "sdpa_math"
+    vars(args).update(lcab_kernel="auto", lcab_strategy="auto", **PLANNED)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        plug = module.from_args(args).submodules.self_attention.submodules.core_attention.plug
+    assert (plug.config.kernel, plug.config.strategy) == ("sdpa_flash", "none")
+    assert printed.getvalue() == ("" if rank else f"{plug.config.chosen.sentence}\n")
     window = {"window_size": (4, 0)} | ({"window_attn_skip_freq": 2} if has("window_attn_skip_freq") else {})
     model = build(Cell("", settings=window), 1, 1, plugged=True)
     lines = lcab_megatron.describe([model])
@@ -276,3 +285,46 @@ def test_arguments(tmp_path: Path) -> None:
         parse("--lcab-config", str(tmp_path / "none.json"))
     with pytest.raises(LcabError, match="fa22"):
         parse("--lcab-kernel", "fa22")
+
+
+PLANNED = {
+    "context_parallel_size": 1,
+    "tensor_model_parallel_size": 1,
+    "seq_length": 4096,
+    "num_attention_heads": 16,
+    "group_query_attention": True,
+    "num_query_groups": 4,
+    "kv_channels": None,
+    "hidden_size": 1024,
+    "bf16": False,
+    "fp16": False,
+}
+
+
+def test_auto_is_decided_for_megatrons_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    auto = ("--lcab-kernel", "auto", "--lcab-strategy", "auto")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def workload(*flags: str, **given: Any) -> dict[str, Any]:
+        return parse(*auto, *flags, **{**PLANNED, **given}).chosen.record["workload"]
+
+    config = parse(*auto, **{**PLANNED, "context_parallel_size": 4})
+    assert (config.kernel, config.layout, config.undecided) == ("sdpa_flash", "zigzag", ())
+    assert config.chosen.record["cp"] == config.cp_size == 4
+    assert "for a whole sequence (4096 tokens, 50.01% of all pairs visible) on cpu" in config.chosen.sentence
+    shape = {"heads": 8, "kv_heads": 2, "head_dim": 64, "dtype": "bf16"}
+    assert workload(tensor_model_parallel_size=2, bf16=True).items() >= shape.items()
+    assert workload(group_query_attention=False)["kv_heads"] == 16
+    assert workload(kv_channels=128, fp16=True).items() >= {"head_dim": 128, "dtype": "fp16"}.items()
+    documents = workload("--lcab-mask", "causal_document")
+    assert documents["name"] == "documents as in pile"
+    assert documents["area"] == masks.causal_document(masks.sample_lengths(4096, "pile", 0)).area
+    file = tmp_path / "lcab.json"
+    file.write_text(json.dumps({"layout": "auto"}))
+    assert parse("--lcab-config", str(file), *auto, **PLANNED).layout == "zigzag"
+    named = parse("--lcab-kernel", "auto", **{**PLANNED, "context_parallel_size": 2})
+    assert (named.strategy, named.chosen.record["auto"]) == ("ring_p2p", ["kernel"])
+    with pytest.raises(LcabError, match=r"cannot tell a typical mask .* 'prefix_lm_causal' takes prefix"):
+        parse(*auto, "--lcab-mask", "prefix_lm_causal", **PLANNED)
+    with pytest.raises(LcabError, match="MLA's have two"):
+        parse(*auto, **PLANNED, multi_latent_attention=True)

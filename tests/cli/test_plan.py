@@ -98,6 +98,24 @@ def test_bad_input_is_one_sentence(plan: Plan, words: tuple[str, ...], message: 
     assert err.count("\n") == 1
 
 
+def test_a_record_that_is_wrong_is_named_with_file_and_line(plan: Plan, tmp_path: Path) -> None:
+    lines = (RESULTS / "kernels.jsonl").read_text().splitlines()
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("\n".join([lines[0], lines[1].replace('"seqlen": 1024', '"seqlen": "1K"')]) + "\n")
+    words = ("--mask", "causal", "--seqlen", "8192", "--kernels", "cudnn", "--calibrate")
+    status, _, err = plan(*words, str(bad))
+    assert status == 2
+    assert "bad.jsonl, line 2: kernels has seqlen '1K', which is not a whole number" in err
+    (tmp_path / "good.jsonl").write_text("\n".join(lines) + '\n{"torn')
+    status, _, err = plan(*words, str(tmp_path))
+    assert status == 0
+    assert err.startswith("not calibrated to: bad.jsonl: bad.jsonl, line 2: ")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "none.jsonl").write_text("")
+    assert "holds no measured cell" in plan(*words, str(empty))[2]
+
+
 def test_records_of_other_hardware_cannot_calibrate(plan: Plan) -> None:
     status, _, err = plan(
         "--mask", "causal", "--hardware", "A100", "--calibrate", str(RESULTS / "kernels.jsonl")

@@ -161,6 +161,26 @@ def test_keeping_attention_changes_nothing_but_the_work(tmp_path: Path) -> None:
     assert curve(kept) == curve(plain)
 
 
+def test_auto_is_what_it_says_it_is(tmp_path: Path) -> None:
+    auto = ["--kernel", "auto", "--strategy", "auto", "--layout", "auto"]
+    done = launch("torchrun", 2, "--out", tmp_path, "--name", "auto", *auto, "--steps", 3)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("lcab_plugin: auto (kernel, strategy, layout): kernel sdpa_flash, ") == 1
+    chosen = read(tmp_path / "auto" / "metrics.jsonl")
+    record, attention = chosen[0]["auto"], chosen[0]["attention"]
+    assert record["auto"] == ["kernel", "strategy", "layout"]
+    assert record["workload"]["tokens"] == 128
+    assert record["cp"] == chosen[0]["cp"] == 2
+    assert record["degrees"] == chosen[0]["degrees"]
+    names = {key: attention[key] for key in ("kernel", "strategy", "layout")}
+    assert names == {key: record[key] for key in names}
+    spelled = [word for key, name in names.items() for word in (f"--{key}", name)]
+    named = train(tmp_path, "torchrun", 2, "named", *spelled, "--steps", 3)
+    assert named[0]["auto"] is None
+    assert named[0]["attention"] == {**attention, "ulysses": None, "ring": None}
+    assert curve(named) == curve(chosen)
+
+
 def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
     done = launch("python", 1, "--kernel", "sdpa_flsh", "--out", tmp_path)
     assert done.returncode == 1

@@ -133,6 +133,19 @@ def test_two_ranks_share_each_sequence_and_train_as_one_process_does(out: Path, 
     assert "Megatron's CUDA calls mean the CPU" in (out / "shared" / "rank0.log").read_text()
 
 
+def test_auto_is_decided_before_the_model_is_built(out: Path, alone: Trained) -> None:
+    auto = train(out, "auto", 4, "--kernel", "auto", "--strategy", "auto", "--layout", "auto", *TP)
+    assert_equal(auto, alone)
+    run = auto.records[0]
+    assert run["auto"]["workload"].items() >= {"heads": 4, "kv_heads": 2, "dtype": "fp32"}.items()
+    assert run["auto"]["cp"] == run["cp"] == 2
+    names = ("kernel", "strategy", "layout")
+    assert [run["attention"][name] for name in names] == [run["auto"][name] for name in names]
+    assert run["attention"]["layout"] == "zigzag"
+    log = (out / "auto" / "rank0.log").read_text()
+    assert log.count("lcab_plugin: auto (kernel, strategy): kernel sdpa_flash, strategy ") == 1
+
+
 def test_both_frameworks_train_the_same_model(out: Path, alone: Trained) -> None:
     pytest.importorskip("deepspeed")
     deepspeed = train(out, "deepspeed", 1, script="train_gpt.py")

@@ -1,4 +1,4 @@
-"""The ranking, its terms, and what "auto" stands for."""
+"""The ranking and its terms."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lcab_plugin import kernels, masks, planner
+from lcab_plugin import masks, planner
 from lcab_plugin.context_parallel.topology import AXES, resolve_degrees
 from lcab_plugin.errors import LcabError
 from lcab_plugin.planner import (
@@ -197,45 +197,6 @@ def test_unmeasured_kernels_are_marked() -> None:
     found = {p.candidate.kernel: p.speed for p in ranked(choice=Choice(kernels=("fa3", "triton")))}
     assert found == {"fa3": "assumed", "triton": "measured on H100"}
     assert {p.candidate.kernel for p in ranked()} == {"triton", "sdpa_flash", "cudnn", "fa4"}
-
-
-def test_auto_keeps_what_was_named() -> None:
-    mask, model = masks.causal(4096), Model(1, 0, 0, 0, 8, 8, 64, "fp32")
-    given = {"kernel": "auto", "strategy": "auto", "layout": "auto", "softcap": None}
-    chosen = planner.choose(given, mask, model, 4, HARDWARE["cpu"])
-    assert chosen.settings["kernel"] in kernels.names()
-    assert chosen.settings["strategy"] in AXES
-    assert chosen.record["auto"] == ["kernel", "strategy", "layout"]
-    assert chosen.sentence.startswith("auto (kernel, strategy, layout): kernel sdpa_flash, strategy ")
-    assert chosen == planner.choose(given, mask, model, 4, HARDWARE["cpu"])
-    named = {
-        "kernel": "auto",
-        "strategy": "usp",
-        "layout": "striped",
-        "ulysses": 2,
-        "placement": "context_first",
-    }
-    chosen = planner.choose(named, mask, model, 4, HARDWARE["cpu"])
-    assert chosen.settings == {**named, "kernel": "sdpa_flash"}
-    assert chosen.record["degrees"] == {"ulysses": 2, "ring": 2}
-    one = planner.choose(
-        {"kernel": "auto", "strategy": "none", "layout": "zigzag"}, mask, model, 1, HARDWARE["cpu"]
-    )
-    assert one.settings["strategy"] == "none"
-
-
-def test_auto_takes_any_degrees_that_were_named() -> None:
-    model = Model(1, 0, 0, 0, 8, 8, 64, "fp32")
-    given = {"kernel": "auto", "strategy": "usp", "layout": "zigzag", "ulysses": 4, "ring": 1}
-    chosen = planner.choose(given, masks.causal(512), model, 4, HARDWARE["cpu"])
-    assert chosen.settings == {**given, "kernel": "sdpa_flash"}
-
-
-def test_auto_that_finds_nothing_says_why() -> None:
-    model = Model(1, 0, 0, 0, 3, 3, 64, "fp32")
-    given = {"kernel": "auto", "strategy": "ulysses", "layout": "zigzag"}
-    with pytest.raises(LcabError, match=r"'auto' finds nothing that can run on 4 ranks: .* cannot be dealt"):
-        planner.choose(given, masks.causal(512), model, 4, HARDWARE["cpu"])
 
 
 def test_terms_add_up_to_the_step() -> None:

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from lcab_plugin.errors import LcabError
 from lcab_plugin.planner import HARDWARE, calibrate, speeds
 from lcab_plugin.planner.measured import H100
 from lcab_plugin.planner.speeds import COSTS, Heads
 from lcab_plugin.planner.work import Work
+from lcab_plugin.training import records
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "2026-11-23-h100"
 
 
 def shipped() -> list[dict[str, Any]]:
     """The records that planner/measured.py was fitted to."""
-    fa4 = [r for r in calibrate.read(RESULTS / "with_fa4.jsonl") if r["kernel"] == "fa4"]
-    return calibrate.read(RESULTS / "kernels.jsonl") + fa4
+    cells, fa4 = (calibrate.measured(records.read(RESULTS / f"{n}.jsonl")) for n in ("kernels", "with_fa4"))
+    return cells + [r for r in fa4 if r["kernel"] == "fa4"]
 
 
 def test_costs_that_made_the_times_are_found() -> None:
@@ -108,7 +107,7 @@ def test_the_link_is_fitted_to_strategies_that_hide_nothing() -> None:
     assert fitted.left_out["a strategy that hides transfers behind its kernels"] == 8
 
 
-def test_the_share_of_matrices_is_fitted_to_training(tmp_path: Path) -> None:
+def test_the_share_of_matrices_is_fitted_to_training() -> None:
     run = {
         "type": "run",
         "name": "r",
@@ -134,15 +133,7 @@ def test_the_share_of_matrices_is_fitted_to_training(tmp_path: Path) -> None:
         }
         for i in range(9)
     ]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, [run, *steps])) + '\n{"torn')
-    fitted = calibrate.fit(calibrate.read(tmp_path), HARDWARE["H100"], "bf16")
+    fitted = calibrate.fit(calibrate.measured([run, *steps]), HARDWARE["H100"], "bf16")
     assert fitted.linear_share == pytest.approx(0.45, rel=1e-3)
     assert (fitted.errors[0].fitted, fitted.errors[0].held) == (6, 2)
     assert fitted.errors[0].largest < 1e-3
-
-
-def test_what_cannot_be_read_says_so(tmp_path: Path) -> None:
-    with pytest.raises(LcabError, match="does not exist"):
-        calibrate.read(tmp_path / "none.jsonl")
-    with pytest.raises(LcabError, match="holds no measured cell"):
-        calibrate.read(tmp_path)

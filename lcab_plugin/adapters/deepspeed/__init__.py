@@ -29,6 +29,7 @@ from lcab_plugin.adapters.loss_window import LossWindow
 from lcab_plugin.config import AttentionConfig
 from lcab_plugin.context_parallel import ContextParallel, collectives, context_parallel
 from lcab_plugin.errors import LcabError
+from lcab_plugin.planner import Workload
 
 __all__ = ["Binding", "LossWindow", "init_distributed", "initialize"]
 
@@ -88,14 +89,20 @@ def initialize(
     config: Any = None,
     mesh_param: Any = None,
     config_params: Any = None,
+    workload: Workload | None = None,
 ) -> tuple[deepspeed.DeepSpeedEngine, Any, Any, Any]:
-    """``deepspeed.initialize`` with context-parallel attention; the same arguments and the same four results.
+    """``deepspeed.initialize`` with context-parallel attention; the same arguments, ``workload`` besides, and
+    the same four results.
 
     ``config`` (a dict, a path, or ``args.deepspeed_config``) may hold a section ``"lcab"``, the fields of
     AttentionConfig. The context-parallel size is the product of the degrees given there, else DeepSpeed's own
     ``sequence_parallel_size``, else 1 for strategy "none", else the whole world; its groups are consecutive
     ranks and what remains is data parallel. Every ``lcab_plugin.Attention`` of the model is bound, and every
     DeepSpeed ``DistributedAttention`` replaced by one. The engine gets an attribute ``lcab``, see Binding.
+
+    Kernel, strategy and layout may be ``"auto"``: the planner chooses for ``workload``, a typical sequence's
+    ``planner.Workload(mask, heads, kv_heads, head_dim, dtype)``, equal on every rank. What it chose is
+    printed and in ``engine.lcab.config``, whose ``chosen.record`` is for records.
 
     Raises:
         LcabError: the same on every rank, before training: a bad config, ranks that differ, a world that does
@@ -104,7 +111,8 @@ def initialize(
     init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
     if not isinstance(model, nn.Module) or isinstance(model, deepspeed.PipelineModule):
         raise LcabError(f"model must be a torch module without pipeline stages, not {type(model).__name__}")
-    settings = collectives.together(lambda: Settings.read(args, config_params if config is None else config))
+    given = config_params if config is None else config
+    settings = collectives.together(lambda: Settings.read(args, given, workload))
     settings.require_agreement()
     _require_equal_models(model)
     own_groups = mpu is not None or mesh_param is not None

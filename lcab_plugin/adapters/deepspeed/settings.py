@@ -10,9 +10,11 @@ from typing import Any
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 
+from lcab_plugin.adapters.decide import decide
 from lcab_plugin.config import AttentionConfig
 from lcab_plugin.context_parallel import collectives
 from lcab_plugin.errors import LcabError
+from lcab_plugin.planner import AUTO, Workload
 
 # Keys that decide which collectives a rank runs, or what a gradient is.
 _AGREED = (
@@ -36,7 +38,7 @@ class Settings:
     """What a DeepSpeed config asks for.
 
     Attributes:
-        attention: the section ``"lcab"``.
+        attention: the section ``"lcab"``, with what the planner put for ``"auto"``.
         layout_given: whether the section names its layout.
         cp_size: ranks that share a sequence.
         deepspeed: the config for DeepSpeed itself.
@@ -50,8 +52,10 @@ class Settings:
     notes: list[str]
 
     @staticmethod
-    def read(args: Any, config: Any) -> Settings:
+    def read(args: Any, config: Any, workload: Workload | None = None) -> Settings:
         """Take apart ``config`` (dict or path) or the file that ``args.deepspeed_config`` names.
+
+        ``workload``: what settings of ``"auto"`` are decided for.
 
         Raises:
             LcabError: not exactly one of them, unreadable, or a bad value; the message names the section.
@@ -65,12 +69,15 @@ class Settings:
         try:
             attention = AttentionConfig.from_dict(section)
             cp_size = _cp_size(attention, sp)
+            attention = _decided(attention, workload, cp_size)
             attention.degrees(cp_size)
         except LcabError as error:
             raise LcabError(f'section "lcab" of the DeepSpeed config: {error}') from error
         _check_batch(settings, dp, cp_size)
         notes = _without_compiled_optimizer(settings) if get_accelerator().device_name() == "cpu" else []
-        return Settings(attention, "layout" in section, cp_size, settings, notes)
+        if attention.chosen:
+            notes.append(attention.chosen.sentence)
+        return Settings(attention, section.get("layout", AUTO) != AUTO, cp_size, settings, notes)
 
     def require_agreement(self) -> None:
         """Raise the same error on every rank unless all were given the same settings (collective).
@@ -78,6 +85,8 @@ class Settings:
         Raises:
             LcabError: names two ranks and what each has.
         """
+        chosen = self.attention.chosen
+        collectives.require_agreement('the workload of "auto"', chosen and chosen.record["workload"])
         collectives.require_agreement('section "lcab"', self.attention.to_dict())
         zero = self.deepspeed.get("zero_optimization") or {}
         agreed = {key: self.deepspeed.get(key) for key in _AGREED}
@@ -151,6 +160,18 @@ def _cp_size(config: AttentionConfig, sequence_parallel_size: Any) -> int:
             "ranks or change the degrees"
         )
     return size
+
+
+def _decided(config: AttentionConfig, workload: Workload | None, cp_size: int) -> AttentionConfig:
+    if not config.undecided:
+        return config
+    if workload is None:
+        names = " and ".join(f"{name} 'auto'" for name in config.undecided)
+        raise LcabError(
+            f"{names} must be decided for a mask and heads: give initialize(..., workload=planner.Workload("
+            "mask, heads, kv_heads, head_dim, dtype)) of a typical sequence, or write names"
+        )
+    return decide(config, workload, cp_size, get_accelerator().device_name())
 
 
 def _check_batch(settings: dict[str, Any], data_parallel_size: int | None, cp_size: int) -> None:

@@ -12,7 +12,7 @@ or ``swap_core_attention(spec, config)`` on a spec that is already built. docs/m
 
 from __future__ import annotations
 
-from lcab_plugin.adapters.megatron.arguments import add_arguments, config_from_args
+from lcab_plugin.adapters.megatron.arguments import add_arguments, config_from_args, decided
 from lcab_plugin.adapters.megatron.batch import MaskParams, mask_params
 from lcab_plugin.adapters.megatron.core_attention import CoreAttention
 from lcab_plugin.adapters.megatron.recompute import keep_attention
@@ -23,6 +23,7 @@ __all__ = [
     "MaskParams",
     "add_arguments",
     "config_from_args",
+    "decided",
     "describe",
     "keep_attention",
     "mask_params",

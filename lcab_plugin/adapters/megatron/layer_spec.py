@@ -18,6 +18,7 @@ from megatron.core.models.gpt import gpt_layer_specs
 
 from lcab_plugin.adapters.megatron.arguments import config_from_args
 from lcab_plugin.adapters.megatron.spec import swap_core_attention
+from lcab_plugin.context_parallel import collectives
 from lcab_plugin.errors import LcabError
 
 _FORWARDED = {
@@ -33,6 +34,8 @@ _FORWARDED = {
 
 def from_args(args: Namespace) -> Any:
     """The layer spec that Megatron's own functions make of its arguments, with the plug-in in its slot.
+
+    Collective over the world. What was chosen for ``"auto"`` is printed on the first rank.
 
     Raises:
         LcabError: the arguments have no ``--lcab-*``, or ask for layers that differ, which ``--spec`` cannot
@@ -53,7 +56,10 @@ def from_args(args: Namespace) -> Any:
     known = inspect.signature(make).parameters
     given = {name: getattr(args, source) for name, source in _FORWARDED.items() if hasattr(args, source)}
     spec = make(**{name: value for name, value in given.items() if name in known})
-    return swap_core_attention(spec, config_from_args(args))
+    config = collectives.together(lambda: config_from_args(args))
+    if config.chosen and collectives.rank() == 0:
+        print(config.chosen.sentence, flush=True)
+    return swap_core_attention(spec, config)
 
 
 def _spec_of_the_running_script() -> Any:

@@ -48,7 +48,7 @@ def with_plugin(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
 
     @wraps(build)
     def provide(*args: Any, **kwargs: Any) -> nn.Module:
-        arguments, config = _arguments(), _settings()
+        arguments, config = _arguments(), collectives.together(_settings)
         collectives.raise_together(_problem(arguments, config))
         with swap_provider(config, kwargs.get("pg_collection")):
             model = build(*args, **kwargs)

@@ -124,17 +124,18 @@ def _providers() -> list[Any]:
 
 
 def describe(model: nn.Module | Iterable[nn.Module]) -> list[str]:
-    """What resolved in every layer that this rank holds, a line for layers alike; empty for a pipeline stage
-    without attention.
+    """What resolved in every layer that this rank holds, a line for layers alike, after what was chosen for
+    ``"auto"``; empty for a pipeline stage without attention.
 
     Raises:
         UnsupportedError: attention dropout of a model in training mode.
     """
     chunks = [model] if isinstance(model, nn.Module) else list(model)
-    resolved = [
-        (name, module.describe())
+    found = [
+        (name, module)
         for chunk in chunks
         for name, module in chunk.named_modules()
         if isinstance(module, CoreAttention)
     ]
-    return slots.lines(resolved)
+    chosen = {p.config.chosen.sentence: None for _, m in found if (p := m.plug) and p.config.chosen}
+    return [*chosen, *slots.lines((name, module.describe()) for name, module in found)]
