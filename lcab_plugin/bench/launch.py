@@ -1,4 +1,5 @@
-"""Starts a training script on the ranks of this machine, and leaves nothing running behind."""
+"""Starts a training script on the ranks of this machine, and leaves nothing running behind; where the example
+scripts are, and how a program that refused its input is told from one that broke."""
 
 from __future__ import annotations
 
@@ -15,9 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# What a rank prints when it refuses its input: the last line of a traceback, or `script.py: sentence`.
-_REASON = re.compile(
-    r"^(?:\[rank\d+\]: )?(?:(?:[\w.]*\.)?(?:LcabError|UnsupportedError)|[\w-]+\.py(?:: error)?): (.+)$"
+from lcab_plugin.errors import LcabError
+
+SCRIPTS = {"deepspeed": "train_gpt.py", "megatron": "train_gpt_megatron.py"}  # of examples/, by framework
+# What a program prints when it refuses its input: the last line of a traceback, which torch and DeepSpeed
+# mark with the rank, `script.py: sentence`, or `error: sentence` of lcab.
+_REFUSAL = re.compile(
+    r"^(?:\[?rank\d+\]?: ?)?"
+    r"(?P<who>(?:[\w.]*\.)?(?:LcabError|UnsupportedError)|[\w-]+\.py(?:: error)?|error): (?P<why>.+)$"
 )
 _GRACE = 5.0  # seconds for the other ranks to stop by themselves, and after SIGTERM
 
@@ -128,6 +134,32 @@ def _stop(ranks: Sequence[subprocess.Popen[Any]]) -> None:
             time.sleep(0.05)
 
 
+def example(name: str, option: str | None = None) -> Path:
+    """A file of examples/, from the current folder or from the checkout this package runs from. ``option``:
+    the flag that gives another.
+
+    Raises:
+        LcabError: there is none.
+    """
+    for root in (Path.cwd(), Path(__file__).parents[2]):
+        if (path := root / "examples" / name).is_file():
+            return path
+    instead = f", or give {option}" if option else ""
+    raise LcabError(f"there is no examples/{name} here; run in a checkout of lcab_plugin{instead}.")
+
+
+def refusal(lines: Sequence[str], *, lcab: bool = False) -> str | None:
+    """The last sentence in a program's output with which it refused its input; None if it did not.
+
+    ``lcab``: whether that may be `lcab` itself. In the output of a script `error: ...` is a compiler's.
+    """
+    for line in reversed(lines):
+        match = _REFUSAL.match(line)
+        if match and (lcab or match["who"] != "error"):
+            return match["why"]
+    return None
+
+
 def _failure(codes: Sequence[int | None], logs: Path) -> tuple[str, str]:
     """Status and reason of a launch in which a rank failed: a refusal on any rank explains the others."""
     last = []
@@ -136,9 +168,8 @@ def _failure(codes: Sequence[int | None], logs: Path) -> tuple[str, str]:
             continue
         lines = (logs / f"rank{number}.log").read_text(errors="replace").splitlines()
         lines = [line.strip() for line in lines if line.strip()]
-        for line in reversed(lines):
-            if match := _REASON.match(line):
-                return "cannot run", match.group(1)
+        if (reason := refusal(lines)) is not None:
+            return "cannot run", reason
         ended = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
         last.append(f"rank {number}, {ended}: {lines[-1] if lines else 'no output'}")
     return "crashed", last[0]

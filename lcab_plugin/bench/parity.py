@@ -31,7 +31,7 @@ from lcab_plugin.bench.compare import (
     over_budget,
     twice,
 )
-from lcab_plugin.bench.launch import Outcome, launch
+from lcab_plugin.bench.launch import SCRIPTS, Outcome, launch
 from lcab_plugin.context_parallel import strategy_name
 from lcab_plugin.errors import LcabError, unknown
 from lcab_plugin.layout import LAYOUTS
@@ -39,7 +39,7 @@ from lcab_plugin.training import records
 
 _WARM_UP = 2  # steps left out of the step time
 _DTYPES = ("fp32", "bf16")
-FRAMEWORKS = ("deepspeed", "megatron")
+FRAMEWORKS = tuple(SCRIPTS)
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,11 @@ def _read(cell: Cell, settings: Settings, outcome: Outcome) -> tuple[Result, Tra
     """The result as far as the run alone tells, and what to compare (None if it did not run to its end)."""
     result = Result(cell, outcome.status, outcome.reason, seconds=round(outcome.seconds, 2))
     metrics, gradients = settings.out / cell.name / "metrics.jsonl", _gradients(cell, settings)
-    lines = records.read(metrics) if metrics.exists() else []
+    try:
+        lines = records.read(metrics) if metrics.exists() else []
+    except LcabError as error:  # of a script that keeps to other fields; the other cells go on
+        result.status, result.problems = "fail", [str(error).rstrip(".")]
+        return result, None
     result.run = next((line for line in lines if line["type"] == "run"), None)
     steps = records.steps(lines)
     if times := [step["step_ms"] for step in steps[min(_WARM_UP, len(steps) - 1) :]]:

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from lcab_plugin.cli import bench_cp, bench_peers, output
 from lcab_plugin.cli import bench_options as options
-from lcab_plugin.cli.bench_progress import progress
+from lcab_plugin.cli.bench_progress import ended, progress
 from lcab_plugin.cli.parse import integers, names, shape
 from lcab_plugin.errors import LcabError
 
@@ -131,7 +131,7 @@ def bench_kernels(
         output.print_json(records)
     else:
         _print(records, settings)
-        typer.echo(f"\nRecords: {path} and {path.with_suffix('.csv')}")
+        ended(path)
     raise typer.Exit(130 if stopped else 0)
 
 

@@ -25,7 +25,6 @@ from lcab_plugin.errors import LcabError
 if TYPE_CHECKING:
     from lcab_plugin.bench.parity import Cell, Result, Settings
 
-_SCRIPTS = {"deepspeed": "train_gpt.py", "megatron": "train_gpt_megatron.py"}
 _STYLES = {"pass": "green", "baseline": "cyan", "fp32 baseline": "cyan", "cannot run": "yellow"}
 
 
@@ -85,11 +84,12 @@ def parity(
     missing. 2 for bad input.
     """
     from lcab_plugin.bench import parity as bench
+    from lcab_plugin.bench.launch import example
 
     frameworks = _names(framework)
     cells = bench.plan(_names(kernels), _names(strategies), _names(masks), _names(layouts), dtype, frameworks)
     if config is None and "deepspeed" in frameworks:
-        config = _example("configs/zero1.json", "--config")
+        config = example("configs/zero1.json", "--config")
     settings = bench.Settings(
         scripts=_scripts(frameworks, script),
         config=config,
@@ -122,6 +122,8 @@ def parity(
 
 def _scripts(frameworks: list[str], script: Path | None) -> dict[str, Path]:
     """The script of each framework."""
+    from lcab_plugin.bench.launch import SCRIPTS, example
+
     if script is not None and len(frameworks) > 1:
         raise LcabError(f"--script {script} is of one framework; give --framework one of them.")
     if script is not None:
@@ -129,7 +131,7 @@ def _scripts(frameworks: list[str], script: Path | None) -> dict[str, Path]:
     for framework in frameworks:
         if importlib.util.find_spec(framework) is None:
             raise LcabError(f"the example trains through {framework}: pip install 'lcab-plugin[{framework}]'")
-    return {framework: _example(_SCRIPTS[framework], "--script") for framework in frameworks}
+    return {framework: example(SCRIPTS[framework], "--script") for framework in frameworks}
 
 
 def _names(text: str) -> list[str]:
@@ -137,14 +139,6 @@ def _names(text: str) -> list[str]:
     if not names:
         raise LcabError(f"{text!r} names nothing; give names separated by commas.")
     return list(dict.fromkeys(names))
-
-
-def _example(name: str, option: str) -> Path:
-    """A file of examples/, from the current folder or from the checkout this package runs from."""
-    for root in (Path.cwd(), Path(__file__).parents[2]):
-        if (path := root / "examples" / name).is_file():
-            return path
-    raise LcabError(f"there is no examples/{name} here; run in a checkout of lcab_plugin, or give {option}.")
 
 
 def _device(device: str, world: int) -> str:

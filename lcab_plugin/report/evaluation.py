@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lcab_plugin.report import grids, svg
-from lcab_plugin.report.schema import Record
 from lcab_plugin.report.section import Block, Figure
 from lcab_plugin.report.tables import Table, value
+from lcab_plugin.training.schema import Record
 
 
 @dataclass(frozen=True)

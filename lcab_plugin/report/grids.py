@@ -10,8 +10,8 @@ from html import escape
 
 from lcab_plugin import masks
 from lcab_plugin.report import svg
-from lcab_plugin.report.schema import Record
 from lcab_plugin.report.tables import Notes, Table, Value
+from lcab_plugin.training.schema import Record
 
 Metric = Callable[[Record], float | None]
 Name = Callable[[Record], str]

@@ -8,10 +8,10 @@ from itertools import groupby
 from lcab_plugin.bench.cells import PASSES
 from lcab_plugin.report import grids
 from lcab_plugin.report.grids import Quantity
-from lcab_plugin.report.schema import Record
 from lcab_plugin.report.section import Heading, Section, Text
 from lcab_plugin.report.sources import latest
 from lcab_plugin.report.tables import listing
+from lcab_plugin.training.schema import Record
 
 IDENTITY = (
     *("kernel", "mask", "digest", "seqlen", "batch", "heads", "kv_heads", "head_dim"),

@@ -9,12 +9,12 @@ from html import escape
 from pathlib import Path
 
 import lcab_plugin
-from lcab_plugin.report import kernels, parallel, pictures, studies, training
-from lcab_plugin.report.schema import Record
+from lcab_plugin.report import kernels, parallel, pictures, predictions, studies, training
 from lcab_plugin.report.section import Section
 from lcab_plugin.report.sources import Source
 from lcab_plugin.report.style import CSS
 from lcab_plugin.report.tables import Table, Value, value
+from lcab_plugin.training.schema import Record
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ def sections(sources: Sequence[Source]) -> list[Section]:
     ):
         found += [make(cells[what])] if cells[what] else []
     found += [training.section(runs)] if runs else []
+    predicted = predictions.section(cells, runs)
+    found += [predicted] if predicted is not None else []
     measured: list[Record] = [r for own in cells.values() for r in own]
     found += [pictures.section(measured)] if measured else []
     found.append(_files(sources))
@@ -91,7 +93,24 @@ def _overview(sources: Sequence[Source]) -> Section:
         )
     columns = ["what", ">files", ">records", "ended", "on"]
     made.blocks.append(Table("overview-records", "What was found", columns, rows))
+    made.blocks += _noise(sources)
     return made
+
+
+def _noise(sources: Sequence[Source]) -> list[Table]:
+    """What the benchmarks' times cannot tell apart, the worst of every machine's runs."""
+    names = "noise_empty_ms", "noise_same_relative"
+    runs: dict[str, list[Record]] = {}
+    for run in (r for s in sources for r in s.runs):
+        if all(run.get(name) is not None for name in names):
+            runs.setdefault(run["device"], []).append(run)
+    rows = []
+    for device, own in sorted(runs.items()):
+        empty, same = (max(run[name] for run in own) for name in names)
+        rows.append([value(device), value(len(own)), value(empty), Value(same, f"{same:.1%}")])
+    columns = ["on", ">runs", ">empty call, ms", ">equal calls apart"]
+    caption = "Noise floor: smaller differences say nothing; the largest of all runs"
+    return [Table("overview-noise", caption, columns, rows)] if rows else []
 
 
 def _files(sources: Sequence[Source]) -> Section:

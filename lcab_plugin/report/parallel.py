@@ -11,11 +11,11 @@ from lcab_plugin.bench.cp import SINGLE
 from lcab_plugin.report import grids
 from lcab_plugin.report.grids import Quantity
 from lcab_plugin.report.kernels import ERROR, PASS_WORDS, shape_words, worst
-from lcab_plugin.report.schema import Record
 from lcab_plugin.report.section import Heading, Section, Text
 from lcab_plugin.report.sources import latest
 from lcab_plugin.report.svg import tokens
 from lcab_plugin.report.tables import Notes, Table, Value, listing, value
+from lcab_plugin.training.schema import Record
 
 IDENTITY = (*peers.IDENTITY, "degrees", "placement")
 MIB = 2**20

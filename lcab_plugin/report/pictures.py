@@ -11,10 +11,10 @@ from lcab_plugin.bench.settings import default_parameters
 from lcab_plugin.errors import LcabError
 from lcab_plugin.masks import AttentionMask
 from lcab_plugin.report import draw
-from lcab_plugin.report.schema import Record
 from lcab_plugin.report.section import Section, Text
 from lcab_plugin.report.svg import tokens
 from lcab_plugin.report.tables import Table, Value, value
+from lcab_plugin.training.schema import Record
 
 _SIZE = 200  # pixels
 _SAMPLED = ("documents", "seed", "count", "prefixes")  # in a record, instead of the lengths themselves

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lcab_plugin.errors import LcabError
-from lcab_plugin.report.schema import Record
 from lcab_plugin.report.sources import Source, valid
 from lcab_plugin.training import records
+from lcab_plugin.training.schema import Record
 
 _ROOT = Path(__file__).parents[2]
 _CLI = ("lcab", "__main__.py")

@@ -6,15 +6,12 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from lcab_plugin.errors import LcabError
-from lcab_plugin.report import schema
-from lcab_plugin.report.schema import Record
-from lcab_plugin.training import records
+from lcab_plugin.training import records, schema
+from lcab_plugin.training.schema import Record
 
 PARITY = "parity.json"
-WHERE = "docs/records.md of lcab_plugin describes the records"
 
 
 @dataclass(frozen=True)
@@ -77,29 +74,21 @@ def valid(path: Path) -> Source:
 
 def _what(path: Path, found: Sequence[Record]) -> str:
     if not found and path.stat().st_size:
-        raise LcabError(f"{path} holds no whole record; {WHERE}.")
-    kinds: set[str] = set()
-    for number, record in enumerate(found, start=1):
-        try:
-            what = schema.check(record)
-        except LcabError as error:
-            raise LcabError(f"record {number} of {path}: {error}; {WHERE}.") from None
-        kinds |= {what} & {"kernels", "cp", "peers", "study_cell"}
-        if what == "run" and "attention" in record:
-            kinds.add("training")
+        raise LcabError(f"{path} holds no whole record; {schema.DESCRIBED}.")
+    kinds = {schema.kind(record) for record in found} & {"kernels", "cp", "peers", "study_cell"}
+    if any(record["type"] == "run" and "attention" in record for record in found):
+        kinds.add("training")
     if len(kinds) > 1:
-        raise LcabError(f"{path} mixes records of {' and '.join(sorted(kinds))}; {WHERE}.")
+        raise LcabError(f"{path} mixes records of {' and '.join(sorted(kinds))}; {schema.DESCRIBED}.")
     return next(iter(kinds), "nothing")
 
 
 def _parity(path: Path) -> Record:
-    found: Any = json.loads(path.read_text())
-    for name, type_ in (("settings", dict), ("environment", dict), ("cells", list), ("passed", bool)):
-        if not isinstance(found, dict) or not isinstance(found.get(name), type_):
-            raise LcabError(f"{path} has no {name} as `lcab parity` writes it; {WHERE}.")
-    for number, cell in enumerate(found["cells"], start=1):
-        if not isinstance(cell, dict) or not {"cell", "status", "name"} <= cell.keys():
-            raise LcabError(f"cell {number} of {path} lacks cell, status or name; {WHERE}.")
+    found: Record = json.loads(path.read_text())
+    try:
+        schema.check_parity(found)
+    except LcabError as error:
+        raise LcabError(f"{path}: {error}; {schema.DESCRIBED}.") from None
     return found
 
 

@@ -12,11 +12,11 @@ from typing import Any
 
 from lcab_plugin.report import evaluation, grids, svg
 from lcab_plugin.report.grids import Quantity
-from lcab_plugin.report.schema import Record
 from lcab_plugin.report.section import Heading, Section, Text
 from lcab_plugin.report.sources import Source
 from lcab_plugin.report.tables import Notes, Table, Value, value
 from lcab_plugin.training import records
+from lcab_plugin.training.schema import Record
 
 _WARM_UP = 2  # steps that no median counts
 _LINES = 12  # runs of a chart drawn by themselves; of more, the band and the farthest ones
@@ -37,7 +37,7 @@ _MEMORY = Quantity("peak GiB of the fullest rank", lambda r: r["peak_memory_gib"
 
 def section(sources: Sequence[Source]) -> Section:
     """Training runs: losses and how far they are apart, speed, memory."""
-    rows = [row for source in sources if (row := _summary(source)) is not None]
+    rows = [row for source in sources if (row := summary(source)) is not None]
     made = Section("training", "Training runs")
     groups: dict[str, list[Record]] = {}
     for row in rows:
@@ -64,7 +64,7 @@ def _label(row: Record) -> str:
     return row["label"]
 
 
-def _summary(source: Source) -> Record | None:
+def summary(source: Source) -> Record | None:
     """One run: what resolved, and medians over its steps; None before its first step."""
     run = next(r for r in source.records if r["type"] == "run" and "attention" in r)
     steps = records.steps(source.records)
@@ -91,6 +91,7 @@ def _summary(source: Source) -> Record | None:
         "device": run["device"],
         "steps": steps,
         "asked": run.get("steps"),
+        "run": run,
         "loss": steps[-1]["loss"],
         "model": model,
         **evaluation.facts(source.records),

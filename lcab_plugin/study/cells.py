@@ -135,7 +135,8 @@ def _cp_ulysses(cell: Cell) -> int:
     strategy = cell.strategy or "none"
     if strategy == "ulysses":
         return cell.world
-    return cp.degrees(strategy, cell.world, cell.degrees.get("ulysses")).get("ulysses", 1)
+    given = (cell.degrees.get(name) for name in ("ulysses", "inner_ring"))
+    return cp.degrees(strategy, cell.world, *given).get("ulysses", 1)
 
 
 def _require_shared(cell: Cell, ranks: int, ulysses: int, heads: tuple[int, int]) -> None:

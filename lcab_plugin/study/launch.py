@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lcab_plugin.errors import LcabError
+from lcab_plugin.bench.launch import SCRIPTS, example
 from lcab_plugin.study import guard
 from lcab_plugin.study.cells import Cell
 from lcab_plugin.study.nodes import LOOPBACK, Node
@@ -22,7 +22,6 @@ from lcab_plugin.study.settings import SSH_NONE, Launcher, Study
 RECORDS = "records.jsonl"  # of the benchmarks, in the launch's folder
 HOSTFILE = "hostfile"  # of the cell's nodes alone, there too
 _MODULE = ("-m", "lcab_plugin.cli")
-_SCRIPTS = {"deepspeed": "train_gpt.py", "megatron": "train_gpt_megatron.py"}
 _CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -101,20 +100,12 @@ def _training(cell: Cell, folder: Path) -> list[str]:
         flags["layout"] = cell.layout
     words = _words(flags)
     if framework == "deepspeed":
-        words += ["--deepspeed_config", str(_example(f"configs/zero{settings['zero_stage']}.json"))]
-    return [str(_example(_SCRIPTS[framework])), *words, *settings["arguments"].get(framework, ())]
+        words += ["--deepspeed_config", str(example(f"configs/zero{settings['zero_stage']}.json"))]
+    return [str(example(SCRIPTS[framework])), *words, *settings["arguments"].get(framework, ())]
 
 
 def _words(flags: dict[str, Any]) -> list[str]:
     return [str(w) for name, value in flags.items() for w in (f"--{name.replace('_', '-')}", value)]
-
-
-def _example(name: str) -> Path:
-    """A file of examples/, from the current folder or from the checkout this package runs from."""
-    for root in (Path.cwd(), Path(__file__).parents[2]):
-        if (path := root / "examples" / name).is_file():
-            return path
-    raise LcabError(f"there is no examples/{name} here; run the study in a checkout of lcab_plugin.")
 
 
 def agents(launch: Launch, nodes: Sequence[Node], study: Study, folder: Path) -> list[list[str]]:

@@ -11,15 +11,11 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from lcab_plugin.bench.launch import refusal
 from lcab_plugin.study import guard
 
 _GRACE = 20.0  # seconds for the other nodes' agents to see that one has failed
 _LATE = 60.0  # seconds after which a guard that should have stopped is stopped itself
-# A refusal: the last line of a traceback, `train_gpt.py: sentence`, or `error: sentence` of lcab.
-_REFUSAL = re.compile(
-    r"^(?:\[?rank\d+\]?: ?)?"
-    r"(?:(?:[\w.]*\.)?(?:LcabError|UnsupportedError)|[\w-]+\.py(?:: error)?|error): (.+)$"
-)
 _OOM = re.compile(r"OutOfMemoryError|out of memory|can't allocate memory|MemoryError|std::bad_alloc")
 _RAISED = re.compile(r"^(?:\[?rank\d+\]?: ?)?[\w.]*(?:Error|Exception|Exit)\w*: .+")
 _FAREWELL = re.compile(
@@ -99,9 +95,8 @@ def explain(codes: Sequence[int], logs: Path) -> tuple[str, str]:
     """Status and reason of a failure: a refusal or missing memory on any node explains the others."""
     texts = [(logs / f"node{number}.log").read_text(errors="replace") for number in range(len(codes))]
     lines = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
-    for line in reversed(lines):
-        if match := _REFUSAL.match(line):
-            return "cannot run", match.group(1)
+    if (reason := refusal(lines, lcab=True)) is not None:
+        return "cannot run", reason
     for line in lines:
         if _OOM.search(line):
             return "oom", line

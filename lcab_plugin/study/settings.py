@@ -165,8 +165,10 @@ class CpSweep(_Timed, _Sharded):
     def _of_the_bench(self) -> CpSweep:
         if "none" in self.strategies:
             raise LcabError("strategy 'none' is measured by `baseline: single`; name strategies that share.")
-        if any(d.ring or d.inner_ring for d in self.degrees):
-            raise LcabError("degrees of a cp sweep are ulysses and placement; its rings take what is left.")
+        if any(d.ring for d in self.degrees):
+            raise LcabError(
+                "degrees of a cp sweep are ulysses, inner_ring and placement; its ring takes what is left."
+            )
         return self
 
 

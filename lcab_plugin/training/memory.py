@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 GIB = 2**30
 
@@ -47,11 +48,11 @@ def held_bytes(device: torch.device | str) -> int:
     kind = torch.device(device).type
     storages: dict[int, int] = {}
     for found in gc.get_objects():
-        if not issubclass(type(found), Tensor):
-            continue
+        if not issubclass(type(found), Tensor) or issubclass(type(found), FakeTensor):
+            continue  # a compiler's fake tensors hold nothing
         for x in (found, found.grad if found.is_leaf else None):
             if x is not None and x.device.type == kind and x.layout == torch.strided:
-                with suppress(RuntimeError):  # a compiler's fake tensor has no address, or none that it says
+                with suppress(RuntimeError):  # one that wraps others has no address of its own
                     storage = x.untyped_storage()
                     storages[storage.data_ptr()] = storage.nbytes()
     storages.pop(0, None)

@@ -19,8 +19,7 @@ import torch
 import lcab_plugin
 from lcab_plugin.errors import LcabError
 from lcab_plugin.training import machine
-
-SCHEMA = 1
+from lcab_plugin.training.schema import DESCRIBED, SCHEMA, Record, check
 
 
 class RunLog:
@@ -77,40 +76,44 @@ class RunLog:
         self.close()
 
 
-def read(path: str | Path) -> list[dict[str, Any]]:
-    """All records of a file. A line torn by a kill, last in the file or before a resumed run, is left out.
+def read(path: str | Path) -> list[Record]:
+    """All records of a file, checked. A line that a kill tore, last in the file or before a resumed run, is
+    left out.
 
     Raises:
-        LcabError: the file does not exist, another line is not a record, or the schema is newer than this.
+        LcabError: the file does not exist, another line is not a record, or a record is not what
+            docs/records.md says; the message names file, line and field.
     """
     path = Path(path)
     if not path.is_file():
-        raise LcabError(f"{path} does not exist; give the metrics.jsonl of a run.")
-    records: list[dict[str, Any]] = []
+        raise LcabError(f"{path} does not exist; give a file of records, such as a run's metrics.jsonl.")
+    records: list[Record] = []
     torn: int | None = None
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         record = _parse(line)
         if torn is not None and (record is None or record["type"] != "run"):
-            raise LcabError(f"line {torn} of {path} is not a record.")
+            raise LcabError(f"{path}, line {torn} is not a record; {DESCRIBED}.")
         torn = number if record is None else None
         if record is None:
             continue
-        if record.get("schema", SCHEMA) > SCHEMA:
-            raise LcabError(f"{path} has schema {record['schema']}, this version reads up to {SCHEMA}.")
+        try:
+            check(record)
+        except LcabError as error:
+            raise LcabError(f"{path}, line {number}: {error}; {DESCRIBED}.") from None
         records.append(record)
     return records
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def _parse(line: bytes) -> Record | None:
     """The record of a line; None for a torn one."""
     try:
         record = json.loads(line)
     except ValueError:
         return None
-    return record if isinstance(record, dict) and "type" in record else None
+    return record if isinstance(record, dict) and isinstance(record.get("type"), str) else None
 
 
-def steps(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def steps(records: list[Record]) -> list[Record]:
     """The step records by ascending step; of a step that was run again after a resume, the last."""
     latest = {record["step"]: record for record in records if record["type"] == "step"}
     return [latest[step] for step in sorted(latest)]

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lcab_plugin.bench.launch import Outcome, launch
+from lcab_plugin.bench.launch import SCRIPTS, Outcome, example, launch, refusal
+from lcab_plugin.errors import LcabError
 
 
 def run(folder: Path, code: str, world: int = 2, timeout: float = 60.0) -> Outcome:
@@ -52,6 +53,27 @@ def test_every_rank_knows_its_place(tmp_path: Path) -> None:
 def test_a_refusal_is_told_in_its_own_words(tmp_path: Path, code: str) -> None:
     outcome = run(tmp_path, code)
     assert (outcome.status, outcome.reason) == ("cannot run", "heads 3 do not fit; give 4.")
+
+
+def test_a_compiler_s_error_is_a_crash_of_a_script_and_no_refusal() -> None:
+    lines = ["train.py: heads 3 do not fit.", "rank1: lcab_plugin.errors.LcabError: no.", "error: gcc failed"]
+    assert refusal(lines) == "no."
+    assert refusal(lines[:1]) == "heads 3 do not fit."
+    assert refusal(lines, lcab=True) == "gcc failed"
+    assert refusal(lines[2:]) is None
+
+
+def test_an_example_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert example(SCRIPTS["deepspeed"]).name == "train_gpt.py"
+    own = tmp_path / "examples" / SCRIPTS["deepspeed"]
+    own.parent.mkdir()
+    own.touch()
+    assert example(SCRIPTS["deepspeed"]) == own
+    with pytest.raises(LcabError, match=r"no examples/none.py here; run in a checkout of lcab_plugin\.$"):
+        example("none.py")
+    with pytest.raises(LcabError, match=r"lcab_plugin, or give --script\.$"):
+        example("none.py", "--script")
 
 
 @pytest.mark.parametrize(

@@ -30,12 +30,17 @@ if rank == "0":
     off = off + 1e-3 if flags["--dtype"] == "bf16" else off * 1e-4
     folder = Path(flags["--out"]) / flags["--name"]
     with open(folder / "metrics.jsonl", "w") as file:
-        print(json.dumps({"type": "run", "dtype": flags["--dtype"]}), file=file)
+        run = {"type": "run", "schema": 1, "lcab_plugin": "0", "torch": "2", "device": "a machine",
+               "command": [], "dtype": flags["--dtype"]}
+        print(json.dumps(run), file=file)
         for step in range(int(flags["--steps"])):
             record = {"type": "step", "step": step, "loss": 2 + 2 * off, "grad_norm": 1 + off,
-                      "step_ms": 10.0 * step, "peak_memory_gib": 1.0 + step, "batch_digest": str(step)}
+                      "step_ms": 10.0 * step, "peak_memory_gib": 1.0 + step, "batch_digest": str(step),
+                      "tokens_per_s": 1.0}
+            if flags["--mask"] == "full_document" and step:
+                del record["loss"]
             print(json.dumps(record), file=file)
-        print(json.dumps({"type": "end"}), file=file)
+        print(json.dumps({"type": "end", "step": step}), file=file)
     (folder / "flags.json").write_text(json.dumps(flags))
     torch.save({"weight": torch.ones(3) * (1 + off)}, flags["--save-gradients"])
 elif flags["--mask"] == "causal_blockwise":
@@ -158,6 +163,14 @@ def test_a_mask_without_its_baseline_fails(tmp_path: Path) -> None:
     assert [r.status for r in results] == ["crashed", "fail", "pass", "pass"]
     assert "nothing to compare with" in results[1].problems[0]
     assert not parity.passed(results)
+
+
+def test_a_cell_whose_records_cannot_be_read_fails_and_the_others_go_on(tmp_path: Path) -> None:
+    cells = parity.plan(["sdpa_flash"], ["none"], ["full_document", "causal"], ["zigzag"], "fp32")
+    results = run(tmp_path, cells)
+    assert [r.status for r in results] == ["fail", "fail", "pass", "pass"]
+    (problem,) = results[0].problems
+    assert "metrics.jsonl, line 3: step has no loss" in problem
 
 
 def test_bad_settings_are_refused(tmp_path: Path) -> None:

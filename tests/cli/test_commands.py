@@ -125,7 +125,7 @@ def test_parity_prints_one_table_and_fails_by_its_exit_status(run: Lcab, tmp_pat
         "flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))\n"
         "loss = 1.5 if flags['--kernel'] == 'sdpa_math' else 1.0\n"
         "step = {'type': 'step', 'loss': loss, 'grad_norm': 1.0, 'step_ms': 1.0, 'peak_memory_gib': 1.0,\n"
-        "        'batch_digest': ''}\n"
+        "        'tokens_per_s': 1.0, 'batch_digest': ''}\n"
         "lines = [json.dumps({**step, 'step': i}) for i in range(int(flags['--steps']))]\n"
         "Path(flags['--out'], flags['--name'], 'metrics.jsonl').write_text('\\n'.join(lines))\n"
         "torch.save({'w': torch.ones(1)}, flags['--save-gradients'])\n"

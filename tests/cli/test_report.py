@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from lcab_plugin.cli.app import app
 from lcab_plugin.errors import LcabError
+from lcab_plugin.training.schema import DESCRIBED
 from tests.report.made_records import RUN, kernel_cell, write
 
 
@@ -39,7 +40,7 @@ def test_an_unreadable_file_is_said_and_not_fatal(tmp_path):
     result = run("report", str(tmp_path), "--out", str(tmp_path / "o"), "--json")
     assert result.exit_code == 0
     (unreadable,) = json.loads(result.stdout)["unreadable"]
-    assert unreadable == {"file": "x.jsonl", "why": "line 1 of x.jsonl is not a record."}
+    assert unreadable == {"file": "x.jsonl", "why": f"x.jsonl, line 1 is not a record; {DESCRIBED}."}
     assert "not in the report: x.jsonl" in run("report", str(tmp_path)).stderr
 
 

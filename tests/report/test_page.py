@@ -177,6 +177,17 @@ def test_files_that_cannot_be_read_are_named_and_the_rest_is_shown(folder):
     assert "kernels has no seqlen" in page
 
 
+def test_the_overview_has_the_largest_noise_of_each_machine(tmp_path):
+    noise = [{**RUN, "noise_empty_ms": ms, "noise_same_relative": 0.03 / ms} for ms in (0.5, 1.5)]
+    other = {**RUN, "device": "another", "noise_empty_ms": 0.1, "noise_same_relative": 0.01}
+    for i, run in enumerate([*noise, other, RUN]):
+        write(tmp_path / f"{i}.jsonl", [run, kernel_cell("naive", 64, 1.0)])
+    _, markdown, written = made(tmp_path)
+    rows = [list(row.values()) for row in table(written, "overview-noise")]
+    assert rows == [["a machine", "2", "1.5", "0.06"], ["another", "1", "0.1", "0.01"]]
+    assert markdown.index("Noise floor") < markdown.index("## Kernels")
+
+
 def test_one_record_is_a_report(tmp_path):
     write(tmp_path / "k.jsonl", [RUN, kernel_cell("naive", 64, 1.0)])
     page, _, _ = made(tmp_path)

@@ -10,6 +10,7 @@ import pytest
 from lcab_plugin import masks
 from lcab_plugin.errors import LcabError
 from lcab_plugin.study.cells import Cell, expand
+from lcab_plugin.study.launch import Launch, program
 from lcab_plugin.study.nodes import Cluster, Node, read_hostfile
 from lcab_plugin.study.run import Runner
 from lcab_plugin.study.scale import tiny
@@ -59,6 +60,16 @@ def test_cells_of_a_turn_differ_in_their_kernel_or_strategy_alone() -> None:
     assert list(Counter(cell.turn for cell in cells(sweep)).values()) == [1, 1]
 
 
+def test_an_inner_ring_is_asked_of_the_bench_where_there_is_one(tmp_path: Path) -> None:
+    sweep = {"kind": "cp", **SHARED, "strategies": ["loongtrain", "usp"], "degrees": [{"inner_ring": 2}]}
+    double, single = cells(sweep)
+    assert (double.degrees, single.degrees) == ({"inner_ring": 2}, {})
+    assert double.turn != single.turn
+    words = program(Launch((double,)), tmp_path, "cpu")
+    assert words[words.index("--inner-ring") + 1] == "2"
+    assert "--inner-ring" not in program(Launch((single,)), tmp_path, "cpu")
+
+
 CP = {"kind": "cp", **SHARED}
 TRAINING = {"kind": "training", **SHARED}
 
@@ -71,6 +82,10 @@ TRAINING = {"kind": "training", **SHARED}
             "64 query heads and 8 key/value heads cannot be dealt",
         ),
         (CP | {"strategies": ["usp"], "degrees": [{"ulysses": 3}]}, "ulysses=3 does not divide 4 ranks"),
+        (
+            CP | {"strategies": ["loongtrain"], "degrees": [{"inner_ring": 3}]},
+            "inner_ring=3 does not divide 4 ranks",
+        ),
         (CP | {"strategies": ["ring_p2p"], "worlds": [6]}, "6 ranks do not fill nodes of 4 GPUs"),
         (TRAINING | {"strategies": ["usp"]}, "does not make 4 ranks; give degrees whose product is 4"),
         (TRAINING | {"strategies": ["ulysses"], "degrees": [{"ulysses": 3}]}, "do not divide 4 ranks"),

@@ -75,7 +75,7 @@ def test_json_is_read_as_well(tmp_path: Path) -> None:
         ("    seqlens: [64]\n", "", "line 3: 'seqlens' is missing."),
         ("    seqlens_per_rank: [1024]\n", "", "line 7: give one of seqlens and seqlens_per_rank."),
         ("[p2p, usp]", "[none]", "line 7: strategy 'none' is measured by `baseline: single`"),
-        ("[{ulysses: 2}]", "[{ring: 2}]", "line 7: degrees of a cp sweep are ulysses and placement"),
+        ("[{ulysses: 2}]", "[{ring: 2}]", "line 7: degrees of a cp sweep are ulysses, inner_ring"),
         ("name: sample", "name: sample\nname: again", "line 2: 'name' is given twice."),
         ("name: sample", "name: [", "is not YAML"),
         (GOOD, "- 1", "must hold a mapping with the keys name, device, launcher, sweeps."),

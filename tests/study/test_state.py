@@ -12,6 +12,7 @@ from lcab_plugin.study.cells import Cell
 from lcab_plugin.study.launch import Launch, records_of
 from lcab_plugin.study.processes import Outcome
 from lcab_plugin.study.state import Result, State, locked
+from tests.report.made_records import kernel_cell, training_run, write
 
 SETTINGS = {"passes": ["fwd", "bwd"], "timeout": 10.0}
 KERNELS = [Cell("kernels", name, "causal", 64, SETTINGS) for name in ("naive", "flex", "varlen")]
@@ -37,14 +38,13 @@ class Study:
         assert launch is not None
         folder = state.folder(launch)
         state.begin(launch, [["true"]], folder)
-        lines = [{"type": "cell", "kernel": k, "pass": p, "status": s, "reason": s} for k, p, s in records]
-        text = "".join(json.dumps(line) + "\n" for line in lines)
+        ended = [{"kernel": k, "pass": p, "status": s, "reason": s} for k, p, s in records]
+        lines = [{**kernel_cell("naive", 64, 1.0), **how} for how in ended]
         if launch.first.kind == "training":
-            text = "".join(json.dumps({"type": kind}) + "\n" for kind, _, _ in records)
-        if text:
-            path = records_of(launch.first, folder)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
+            trained = training_run("naive", [1.0])
+            lines = [line for kind, _, _ in records for line in trained if line["type"] == kind]
+        if lines:
+            write(records_of(launch.first, folder), lines)
         if outcome:
             state.end(folder, outcome)
         assert self.statuses == [r.status for r in (state if outcome else self.state).results]

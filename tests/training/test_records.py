@@ -15,21 +15,24 @@ from lcab_plugin.errors import LcabError
 from lcab_plugin.training.records import SCHEMA, RunLog, command, environment, read, steps
 
 WRITER = """
-import sys
+import json, sys
 from lcab_plugin.training.records import RunLog
+RUN, STEP = json.loads(sys.argv[2])
 with RunLog(sys.argv[1]) as log:
-    log.write("run", name="victim")
+    log.write("run", **RUN)
     for step in range(10**9):
-        log.write("step", step=step, loss=1.0 / (step + 1))
+        log.write("step", **{**STEP, "step": step, "loss": 1.0 / (step + 1)})
         print(step, flush=True)
 """
+RUN = {"lcab_plugin": "0.1.0", "torch": "2.13.0", "device": "a machine", "command": ["lcab"]}
+STEP = {"grad_norm": 1.0, "step_ms": 1.0, "tokens_per_s": 1.0, "peak_memory_gib": 0.1, "batch_digest": "d"}
 
 
 def test_a_run_reads_back(tmp_path: Path) -> None:
     path = tmp_path / "runs" / "one" / "metrics.jsonl"
     with RunLog(path) as log:
-        log.write("run", name="one", path=path)
-        log.write("step", step=0, loss=2.5)
+        log.write("run", **RUN, name="one", path=path)
+        log.write("step", **STEP, step=0, loss=2.5)
         assert [r["type"] for r in read(path)] == ["run", "step"]  # on disk before the run ends
     run, step = read(path)
     assert (run["schema"], run["name"], run["path"]) == (SCHEMA, "one", str(path))
@@ -39,7 +42,8 @@ def test_a_run_reads_back(tmp_path: Path) -> None:
 
 def test_kill_9_loses_nothing(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    with subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE) as victim:
+    words = [sys.executable, "-c", WRITER, str(path), json.dumps([RUN, STEP])]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as victim:
         assert victim.stdout is not None
         for _ in range(20):
             acknowledged = int(victim.stdout.readline())
@@ -53,14 +57,14 @@ def test_kill_9_loses_nothing(tmp_path: Path) -> None:
 def test_a_resumed_run_appends_after_a_torn_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with RunLog(path) as log:
-        log.write("run")
+        log.write("run", **RUN)
         for step in range(4):
-            log.write("step", step=step, loss=float(step))
+            log.write("step", **STEP, step=step, loss=float(step))
     path.write_bytes(path.read_bytes()[:-9])
     assert [r["step"] for r in steps(read(path))] == [0, 1, 2]
     with RunLog(path, append=True) as log:
-        log.write("run", first_step=2)
-        log.write("step", step=2, loss=20.0)
+        log.write("run", **RUN, first_step=2)
+        log.write("step", **STEP, step=2, loss=20.0)
     records = read(path)
     assert [r["type"] for r in records] == ["run", "step", "step", "step", "run", "step"]
     assert [r["loss"] for r in steps(records)] == [0.0, 1.0, 20.0]
@@ -88,11 +92,14 @@ def test_what_is_no_record_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with pytest.raises(LcabError, match="does not exist"):
         read(path)
-    path.write_text('{"type": "run", "schema": 1}\nnot json\n{"type": "step", "step": 0}\n')
-    with pytest.raises(LcabError, match="line 2"):
+    path.write_text('{"type": "other"}\nnot json\n{"type": "step", "step": 0}\n')
+    with pytest.raises(LcabError, match=r"metrics.jsonl, line 2 is not a record"):
+        read(path)
+    path.write_text('{"type": "other"}\n{"type": 7}\n{"type": "other"}\n')
+    with pytest.raises(LcabError, match="line 2 is not a record"):
         read(path)
     path.write_text('{"type": "run", "schema": 99}\n')
-    with pytest.raises(LcabError, match="schema 99"):
+    with pytest.raises(LcabError, match="line 1: it has schema 99"):
         read(path)
 
 
