@@ -10,7 +10,6 @@ chunks of one length, ``balanced`` by the work of one mask.
 from __future__ import annotations
 
 import hashlib
-import heapq
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -20,15 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lcab_plugin import balance
 from lcab_plugin.errors import LcabError, unknown
 from lcab_plugin.masks import AttentionMask
-from lcab_plugin.masks.geometry import NO_HI, NO_LO, Ints, runs
+from lcab_plugin.masks.geometry import NO_HI, NO_LO, runs
 
 # The length of a chunk where none is given: CHUNK tokens, or less where a rank would not get CHUNKS_PER_RANK,
-# but at least LEAST. ``balanced`` halves it up to HALVINGS times to bring the imbalance down to EVEN: whole
-# chunks of a few long documents, all of the same work, do not always divide by the ranks.
-CHUNK, CHUNKS_PER_RANK, LEAST = 512, 32, 16
-HALVINGS, EVEN = 2, 1.03
+# but at least balance.LEAST.
+CHUNK, CHUNKS_PER_RANK = 512, 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,22 +143,13 @@ def striped(seqlen: int, ranks: int, chunk: int | None = None) -> Layout:
 
 def balanced(mask: AttentionMask, ranks: int, chunk: int | None = None) -> Layout:
     """Chunks of queries dealt so that every rank has the same number of them and about the same visible pairs
-    of ``mask``: largest first, to the least loaded rank that still takes one.
+    of ``mask``, most documents on one rank where that is possible (`balance.deal`).
 
     Counts differ by at most one chunk of tokens. Equal masks give equal layouts, on every rank.
     """
-    if chunk is not None:
-        edges = _edges(mask.q_len, ranks, chunk)
-        short = len(edges) > 2 and edges[-1] - edges[-2] < edges[1]
-        return _of_chunks("balanced", edges, _dealt(mask.area_by_chunk(edges), ranks, short))
-    longest = _default_chunk(mask.q_len, ranks)
-    tried = []
-    for halvings in range(HALVINGS + 1):
-        layout = balanced(mask, ranks, max(LEAST, longest >> halvings))
-        tried.append((imbalance(layout, mask), halvings, layout))
-        if tried[-1][0] <= EVEN:
-            break
-    return min(tried)[2]
+    lengths = balance.halved(_default_chunk(mask.q_len, ranks)) if chunk is None else [chunk]
+    edges, held = balance.deal(mask, ranks, [_edges(mask.q_len, ranks, length) for length in lengths])
+    return _of_chunks("balanced", edges, held)
 
 
 LAYOUTS: dict[str, Callable[..., Layout]] = {
@@ -345,7 +334,7 @@ def _ascending(ranges: Iterable[range]) -> tuple[range, ...]:
 
 
 def _default_chunk(seqlen: int, ranks: int) -> int:
-    return min(CHUNK, max(LEAST, seqlen // (ranks * CHUNKS_PER_RANK)))
+    return min(CHUNK, max(balance.LEAST, seqlen // (ranks * CHUNKS_PER_RANK)))
 
 
 def _edges(seqlen: int, ranks: int, chunk: int | None) -> list[int]:
@@ -359,31 +348,3 @@ def _of_chunks(name: str, edges: list[int], held: Iterable[Iterable[int]]) -> La
     return Layout(
         name, edges[-1], tuple(_ascending(range(edges[c], edges[c + 1]) for c in chunks) for chunks in held)
     )
-
-
-def _dealt(area: Ints, ranks: int, short: bool) -> list[list[int]]:
-    """The chunks of every rank, by their ``area``: ``len(area) // ranks`` of them, or one more.
-
-    ``short``: the last chunk is shorter than the others, so its rank must not have fewer chunks than another.
-    It is dealt first, to rank 0, which gets one more where any rank does.
-    """
-    each, spare = divmod(len(area), ranks)
-    order = np.argsort(-area, kind="stable").tolist()
-    limit = [each] * ranks
-    if short:
-        last = len(area) - 1
-        order.remove(last)
-        order.insert(0, last)
-        limit[0] += spare > 0
-        spare -= spare > 0
-    work, held = area.tolist(), [list[int]() for _ in range(ranks)]
-    heap = [(0, rank) for rank in range(ranks)]
-    for chunk in order:
-        load, rank = heapq.heappop(heap)
-        while not spare and len(held[rank]) == limit[rank]:
-            load, rank = heapq.heappop(heap)
-        spare -= len(held[rank]) == limit[rank]
-        held[rank].append(chunk)
-        if len(held[rank]) <= each:
-            heapq.heappush(heap, (load + work[chunk], rank))
-    return held

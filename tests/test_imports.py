@@ -18,16 +18,17 @@ ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "masks": {"errors"},
     "kernels": {"errors", "masks"},
-    "layout": {"errors", "masks"},
+    "balance": {"masks"},
+    "layout": {"errors", "masks", "balance"},
     "recompute": {"errors"},
     "operation": {"errors", "masks", "layout", "kernels", "recompute"},
     "torch_op": {"errors", "masks", "operation", "kernels"},
     "attention": {"errors", "masks", "operation", "torch_op", "kernels"},
     "context_parallel": {"errors", "masks", "layout", "operation", "kernels", "recompute"},
 }
-ARROWS["config"] = {*ARROWS, "context_parallel"}
-ARROWS["patching"] = {"errors"}
 ARROWS["planner"] = {"errors", "masks", "layout", "kernels", "context_parallel"}
+ARROWS["config"] = {*ARROWS}
+ARROWS["patching"] = {"errors"}
 ARROWS["adapters"] = {*ARROWS}
 ARROWS["training"] = {*ARROWS}
 ARROWS["bench"] = {*ARROWS}
@@ -51,6 +52,7 @@ FRAMEWORKS = {"deepspeed", "megatron", "transformers"}
 NO_ENVIRONMENT = {
     "masks",
     "kernels",
+    "balance",
     "layout",
     "operation",
     "torch_op",

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lcab_plugin as lcab
+from lcab_plugin import balance, masks
 from lcab_plugin import layout as layouts
-from lcab_plugin import masks
 from lcab_plugin.errors import LcabError
 from lcab_plugin.layout import View
 
@@ -85,14 +85,15 @@ def test_imbalance_where_nothing_is_visible():
 
 @given(st.integers(2, 6), st.lists(st.integers(1, 200), min_size=1, max_size=8), st.booleans())
 def test_balanced_is_no_worse_than_zigzag(ranks, lengths, causal):
-    """With chunks no longer than zigzag's halves: some tokens of work, at most, as chunks are whole."""
+    """With chunks no longer than zigzag's halves: some tokens of work, at most, as chunks are whole, or what
+    it gives up for fewer keys."""
     mask = masks.causal_document(lengths) if causal else masks.full_document(lengths)
     n = mask.q_len
     balanced, zigzag = (
         max(layouts.areas(layouts.make(name, ranks, n, mask, chunk=2), mask))
         for name in ("balanced", "zigzag")
     )
-    assert balanced <= zigzag + 2 * max(lengths)
+    assert balanced <= max(zigzag, balance.NEARLY * mask.area / ranks) + 2 * max(lengths)
 
 
 @pytest.mark.parametrize("tokens", [1 << 19, 1 << 20])
@@ -123,6 +124,29 @@ def test_balanced_halves_its_chunks_where_whole_ones_do_not_divide():
     # even at once, or never: one row has all the work
     for mask in (masks.causal(tokens), masks.AttentionMask(tokens, tokens, [(5, 6, 0, tokens)])):
         assert layouts.make("balanced", 64, tokens, mask) == layouts.make("balanced", 64, tokens, mask, 512)
+
+
+def others_keys(layout, mask, rank):
+    """Keys that the queries of a rank see and other ranks hold."""
+    seen = torch.zeros(mask.k_len, dtype=torch.bool)
+    for r in mask.needed_keys(layout.ranges[rank]):
+        seen[r.start : r.stop] = True
+    seen[layout.positions(rank)] = False
+    return int(seen.sum())
+
+
+@pytest.mark.parametrize("corpus", masks.distributions())
+@pytest.mark.parametrize("family", [masks.causal_document, masks.full_document])
+@pytest.mark.parametrize(("ranks", "tokens"), [(2, 1 << 16), (8, 1 << 18)])
+def test_documents_stay_together_where_few_chunks_move(family, corpus, ranks, tokens):
+    """Never more keys from others than chunks dealt one by one need, and for short documents far fewer."""
+    mask = family(masks.sample_lengths(tokens, corpus, 0))
+    edges = layouts._edges(tokens, ranks, None)
+    held = balance._dealt(mask.area_by_chunk(edges), ranks, False)
+    near, dealt = layouts.make("balanced", ranks, tokens, mask), layouts._of_chunks("dealt", edges, held)
+    needed = [max(others_keys(layout, mask, r) for r in range(ranks)) for layout in (near, dealt)]
+    assert needed[0] <= needed[1] * (0.5 if corpus == "pile" else 1)
+    assert layouts.imbalance(near, mask) <= balance.NEARLY
 
 
 @pytest.mark.parametrize("last", [10, 3])

@@ -86,8 +86,9 @@ FIELDS = (
 class Settings:
     """What to measure on ``world`` ranks.
 
-    ``ulysses``: its degree in the strategies that have other axes too (None: as even a split as there is);
-    ``placement``: which of their axes has neighbouring ranks.
+    ``layouts``: empty for the one that suits each strategy and mask. ``ulysses``, ``inner_ring``: degrees in
+    the strategies that have other axes too (None: as even a split as there is); ``placement``: which of their
+    axes has neighbouring ranks.
     ``cell_seconds``: running time of one callable of a cell. ``baseline``: ``single`` or ``none``.
     ``timeout``: seconds after which a collective that does not end takes the run down.
 
@@ -101,13 +102,14 @@ class Settings:
     masks: tuple[str, ...]
     seqlens: tuple[int, ...]
     strategies: tuple[str, ...] = STRATEGIES
-    layouts: tuple[str, ...] = ("zigzag",)
+    layouts: tuple[str, ...] = ()
     passes: tuple[str, ...] = tuple(PASSES)
     shape: Shape = field(default_factory=Shape)
     world: int = 2
     device: str = "cpu"
     kernel: str = "sdpa_flash"
     ulysses: int | None = None
+    inner_ring: int | None = None
     placement: str = PLACEMENTS[0]
     documents: str = "pile"
     seed: int = 0
@@ -134,6 +136,7 @@ class Settings:
         for name, value in (
             ("world", self.world),
             ("ulysses", 1 if self.ulysses is None else self.ulysses),
+            ("inner_ring", 1 if self.inner_ring is None else self.inner_ring),
             *self._lengths(),
         ):
             if value < 1:
@@ -149,7 +152,9 @@ class Settings:
 
     def rows(self, mask: str) -> list[tuple[str, str | None]]:
         """(strategy, layout) of what is measured in turn under a mask, the single process first."""
-        pairs: list[tuple[str, str | None]] = [(s, lay) for s in self.strategies for lay in self.layouts]
+        pairs: list[tuple[str, str | None]] = [
+            (s, layout) for s in self.strategies for layout in self.layouts or (suited(s, mask),)
+        ]
         return [(SINGLE, None), *pairs] if self.baseline == SINGLE else pairs
 
     @property
@@ -197,18 +202,33 @@ def defaults(device: str, world: int) -> dict[str, Any]:
     return {**common, "seqlens": (2048,), "shape": Shape(heads=8, kv_heads=2, head_dim=64, dtype="fp32")}
 
 
-def degrees(strategy: str, world: int, ulysses: int | None) -> dict[str, int]:
-    """Degrees for a strategy of several axes: ``ulysses`` where it is given, and the prime factors of what is
-    left dealt to the axes in turn, innermost first. Empty for one axis, whose degree is the world's."""
+def suited(strategy: str, mask: str) -> str:
+    """The layout that docs/context_parallel.md has for a mask. Ulysses shares heads: any will do."""
+    if strategy == "ulysses" or mask in ("full", "sliding_window", "sliding_window_causal"):
+        return "contiguous"
+    return "zigzag" if mask == "causal" else "balanced"
+
+
+def degrees(
+    strategy: str, world: int, ulysses: int | None = None, inner_ring: int | None = None
+) -> dict[str, int]:
+    """Degrees for a strategy of several axes: those given, and the prime factors of what is left dealt to the
+    other axes in turn, innermost first. Empty for one axis, whose degree is the world's.
+
+    Raises:
+        LcabError: one that is given does not divide the ranks.
+    """
     if len(AXES[strategy]) == 1:
         return {}
     sizes = axis_sizes(dict.fromkeys(AXES[strategy], 1), PLACEMENTS[0])
     open_axes = list(sizes)
-    if ulysses is not None:
-        if world % ulysses:
-            raise LcabError(f"ulysses={ulysses} does not divide {world} ranks; give a divisor.")
-        sizes["ulysses"], world = ulysses, world // ulysses
-        open_axes.remove("ulysses")
+    for name, degree in (("ulysses", ulysses), ("inner_ring", inner_ring)):
+        if degree is None or name not in sizes:
+            continue
+        if world % degree:
+            raise LcabError(f"{name}={degree} does not divide {world} ranks; give a divisor.")
+        sizes[name], world = degree, world // degree
+        open_axes.remove(name)
     for i, factor in enumerate(_primes(world)):
         sizes[open_axes[i % len(open_axes)]] *= factor
     if "outer_ring" in sizes:

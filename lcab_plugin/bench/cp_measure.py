@@ -219,9 +219,11 @@ class Bench:
                 entry.case, entry.attend = whole, self._public(whole, None)
             return
         if entry.strategy not in self.groups:
-            chosen: dict[str, Any] = {**degrees(entry.strategy, self.settings.world, self.settings.ulysses)}
+            settings = self.settings
+            axes = settings.ulysses, settings.inner_ring
+            chosen: dict[str, Any] = {**degrees(entry.strategy, settings.world, *axes)}
             if chosen:
-                chosen["placement"] = self.settings.placement
+                chosen["placement"] = settings.placement
             self.groups[entry.strategy] = context_parallel(entry.strategy, **chosen)
         cp = self.groups[entry.strategy].with_layout(entry.layout, mask=whole.mask)
         entry.cp = cp

@@ -88,8 +88,8 @@ FIELDS = (
 class Settings(cp.Settings):
     """`cp.Settings`, and ``peers``: names of `peers_table.PEERS`.
 
-    ``layouts``: our strategies'; empty for what suits each mask. ``window``: keys before its own that a query
-    of ``sliding_window_causal`` sees. ``done``: cells, by `IDENTITY`, that are not measured again.
+    ``window``: keys before its own that a query of ``sliding_window_causal`` sees. ``done``: cells, by
+    `IDENTITY`, that are not measured again.
 
     Raises:
         LcabError: a name is unknown or a number makes no sense; the message says which.
@@ -98,7 +98,6 @@ class Settings(cp.Settings):
     job: ClassVar[str] = "peers"
     fields: ClassVar[tuple[str, ...]] = FIELDS
 
-    layouts: tuple[str, ...] = ()
     peers: tuple[str, ...] = tuple(PEERS)
     window: int = 512
     done: tuple[Sequence[Any], ...] = ()
@@ -120,8 +119,7 @@ class Settings(cp.Settings):
 
     def rows(self, mask: str) -> list[tuple[str, str | None]]:
         """(name, layout) of what is measured in turn under a mask: the single process, ours, the peers."""
-        ours = [(s, lay) for s in self.strategies for lay in self.layouts or (suited(s, mask),)]
-        return [(SINGLE, None), *ours, *((name, PEERS[name].layout) for name in self.peers)]
+        return [*super().rows(mask), *((name, PEERS[name].layout) for name in self.peers)]
 
     def asks(self, record: Record) -> bool:
         """Whether a record is of one of these cells."""
@@ -137,13 +135,6 @@ class Settings(cp.Settings):
         """Of a mask family at a length, for ``masks.from_name``."""
         own = {"left": self.window} if mask == "sliding_window_causal" else {}
         return {**super().parameters(mask, seqlen), **own}
-
-
-def suited(strategy: str, mask: str) -> str:
-    """The layout that docs/context_parallel.md has for a mask. Ulysses shares heads: any will do."""
-    if strategy == "ulysses" or mask in ("full", "sliding_window", "sliding_window_causal"):
-        return "contiguous"
-    return "zigzag" if mask == "causal" else "balanced"
 
 
 def defaults(device: str, world: int) -> dict[str, Any]:

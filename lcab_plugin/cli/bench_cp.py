@@ -11,7 +11,7 @@ from rich.text import Text
 
 from lcab_plugin.cli import bench_options as options
 from lcab_plugin.cli import output
-from lcab_plugin.cli.bench_progress import progress
+from lcab_plugin.cli.bench_progress import ended, progress
 from lcab_plugin.cli.parse import integers, names, shape
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ _COLUMNS = [
 
 def bench_cp(
     strategies: options.Strategies = None,
-    layouts: Annotated[str | None, typer.Option(help="Layouts; zigzag if left out.")] = None,
+    layouts: options.Layouts = None,
     masks: Annotated[
         str | None,
         typer.Option(help="causal, causal_document and sliding_window_causal if left out."),
@@ -49,6 +49,7 @@ def bench_cp(
     passes: Annotated[str | None, typer.Option(help="Of fwd, bwd, fwd+bwd; all if left out.")] = None,
     world: options.World = None,
     ulysses: options.Ulysses = None,
+    inner_ring: options.InnerRing = None,
     placement: options.Placement = None,
     kernel: options.RankKernel = None,
     heads: options.Heads = None,
@@ -90,6 +91,7 @@ def bench_cp(
         "seqlens": integers("--seqlens", seqlens, ","),
         "passes": names("--passes", passes),
         "ulysses": ulysses,
+        "inner_ring": inner_ring,
         "placement": placement,
         "kernel": kernel,
         "cell_seconds": cell_seconds,
@@ -108,7 +110,7 @@ def bench_cp(
         output.print_json(records)
     else:
         _print(records, settings)
-        typer.echo(f"\nRecords: {path} and {path.with_suffix('.csv')}")
+        ended(path)
 
 
 def measured(settings: Settings, path: Path) -> list[Record] | None:

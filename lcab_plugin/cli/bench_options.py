@@ -16,6 +16,9 @@ Asked = TypeVar("Asked")
 Strategies = Annotated[
     str | None, typer.Option(help="Strategies, or Megatron's words for them; all if left out.")
 ]
+Layouts = Annotated[
+    str | None, typer.Option(help="Of the strategies; what suits each and the mask if left out.")
+]
 Heads = Annotated[
     str | None, typer.Option(help="Query and key/value heads; 64:8 (8:2 on a CPU) if left out.")
 ]
@@ -30,6 +33,7 @@ World = Annotated[int | None, typer.Option(help="Processes on this machine; its 
 Ulysses = Annotated[
     int | None, typer.Option(help="Its degree in usp and loongtrain; an even split if left out.")
 ]
+InnerRing = Annotated[int | None, typer.Option(help="Its degree in loongtrain; an even split if left out.")]
 Placement = Annotated[
     str | None, typer.Option(help="In usp and loongtrain: head_first if left out, or context_first.")
 ]

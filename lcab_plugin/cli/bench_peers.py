@@ -11,6 +11,7 @@ from rich.text import Text
 from lcab_plugin.cli import bench_options as options
 from lcab_plugin.cli import output
 from lcab_plugin.cli.bench_cp import measured
+from lcab_plugin.cli.bench_progress import ended
 from lcab_plugin.cli.parse import integers, names, shape
 
 if TYPE_CHECKING:
@@ -38,9 +39,7 @@ _COLUMNS = [
 def bench_peers(
     peers: Annotated[str | None, typer.Option(help="Their names; all if left out. See --list.")] = None,
     strategies: options.Strategies = None,
-    layouts: Annotated[
-        str | None, typer.Option(help="Of our strategies; what suits each mask if left out.")
-    ] = None,
+    layouts: options.Layouts = None,
     masks: Annotated[
         str | None,
         typer.Option(help="causal if left out (on GPUs causal_document and sliding_window_causal too)."),
@@ -54,6 +53,7 @@ def bench_peers(
     ] = None,
     world: options.World = None,
     ulysses: options.Ulysses = None,
+    inner_ring: options.InnerRing = None,
     placement: options.Placement = None,
     kernel: options.RankKernel = None,
     heads: Annotated[
@@ -115,6 +115,7 @@ def bench_peers(
         "passes": names("--passes", passes),
         "window": window,
         "ulysses": ulysses,
+        "inner_ring": inner_ring,
         "placement": placement,
         "kernel": kernel,
         "cell_seconds": cell_seconds,
@@ -134,7 +135,7 @@ def bench_peers(
         output.print_json(records)
     else:
         _print(records, settings)
-        typer.echo(f"\nRecords: {path} and {path.with_suffix('.csv')}")
+        ended(path)
 
 
 def _list(as_json: bool) -> None:

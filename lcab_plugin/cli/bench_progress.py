@@ -1,4 +1,4 @@
-"""What `lcab bench` shows while it measures."""
+"""What `lcab bench` shows while it measures, and at its end."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -45,3 +46,16 @@ def progress(settings: Measured, path: Path) -> Iterator[tuple[Callable[[str], N
                 console.print(text)
 
         yield watch, lambda: bar.advance(task)
+
+
+def ended(path: Path) -> None:
+    """What stays on the screen below the tables: what these times cannot tell apart, and where they are."""
+    from lcab_plugin.bench.timing import NoiseFloor
+    from lcab_plugin.training import records
+
+    names = "noise_empty_ms", "noise_same_relative"
+    runs = [r for r in records.read(path) if r["type"] == "run" and r.keys() >= {*names}]
+    typer.echo("")
+    if runs:  # unless it was interrupted before that
+        typer.echo(str(NoiseFloor(*(runs[-1][name] for name in names))).capitalize())
+    typer.echo(f"Records: {path} and {path.with_suffix('.csv')}")

@@ -368,16 +368,23 @@ class AllToAllExchange:
         return f"group cast of {self._what}, step {self._step} of {self._steps}, over {_over(self._group)}"
 
 
-def all_to_all(
-    packed: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], group: Group
-) -> list[Tensor]:
-    """Send the first ``send_sizes[0]`` elements of the flat ``packed`` to rank 0 of the group, the next to
-    rank 1 and so on; returns one flat tensor of ``receive_sizes[i]`` elements from every rank i."""
-    received = packed.new_empty(sum(receive_sizes))
-    _count("all_to_all", packed.numel() - send_sizes[rank(group)], packed)
+def all_to_all(sends: Sequence[Sequence[Tensor]], receives: Sequence[Sequence[Tensor]], group: Group) -> None:
+    """Send ``sends[i]`` to rank i of the group, and fill ``receives[i]`` with what it sends here; the own
+    rank's are not looked at.
+
+    Every tensor is contiguous and travels from and to where it lies, all in one launch under NCCL: an
+    all-to-all of one flat tensor would have everything packed before and unpacked after.
+    """
+    ranks, own = global_ranks(group), rank(group)
+    others = [(own + step) % len(ranks) for step in range(1, len(ranks))]
+    ops = [dist.P2POp(dist.irecv, x, ranks[i], group) for i in others[::-1] for x in receives[i] if x.numel()]
+    for i in others:
+        for x in sends[i]:
+            _count("all_to_all", x.numel(), x)
+        ops += [dist.P2POp(dist.isend, x, ranks[i], group) for x in sends[i] if x.numel()]
     with _ends(lambda: f"all-to-all of {_over(group)}"):
-        dist.all_to_all_single(received, packed, list(receive_sizes), list(send_sizes), group=group)
-    return list(received.split(list(receive_sizes)))
+        for work in dist.batch_isend_irecv(ops) if ops else []:
+            work.wait()
 
 
 # torch 2.13 renamed these two and deprecates the old names

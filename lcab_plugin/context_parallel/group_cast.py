@@ -4,6 +4,9 @@ Every rank reads from mask and layout who needs which rows, so nothing is negoti
 stages by their distance along the axis; a stage is one uneven all-to-all, begun before the block in front of
 it is computed, and this rank's own keys are the first block. Received rows are not kept for backward, which
 asks for them again and sends their gradients home, in the dtype of accumulation, the same way (group reduce).
+
+Blocks have a price: their softmaxes are merged, and their gradients of the queries added up, over as much
+memory as the queries take. Where little arrives there is one stage, awaited, and one block.
 """
 
 from __future__ import annotations
@@ -28,6 +31,9 @@ from lcab_plugin.operation import Operation, Saved, Sums
 
 STAGES = 2  # a transfer to hide behind the own keys and one behind the first; more cost more, smaller blocks
 SHARDS = 4  # rows of one stage, in whole shards: what bounds the memory where a mask needs almost everything
+# Bytes that arrive at a rank over those of its queries, at most, for which waiting is less than merging: an
+# H100 merges a query's row in about the time in which NVLink brings a third as many bytes.
+AT_ONCE = 0.25
 
 
 class GroupCast:
@@ -41,8 +47,12 @@ class GroupCast:
     def forward(
         self, total: Softmax, q: Tensor, k: Tensor, v: Tensor, view: View, options: KernelOptions
     ) -> None:
-        cast = _Cast(self.axis, plan(self.axis, view, self.stages), k, v)
+        cast = self._cast(q, k, v, view)
         cast.start(0)
+        if cast.at_once:
+            key, value, rows = cast.joined(view)
+            self.inner.forward(total, q, key, value, rows, options)  # type: ignore[arg-type]
+            return
         self.inner.forward(total, q, k, v, view, options)
         for i, stage in enumerate(cast.stages):
             key, value = cast.wait(i)
@@ -52,12 +62,24 @@ class GroupCast:
                 self.inner.forward(total, q, key, value, rows, options)  # type: ignore[arg-type]
 
     def backward(self, sums: Sums, saved: Saved, view: View, options: KernelOptions) -> None:
-        cast = _Cast(self.axis, plan(self.axis, view, self.stages), saved.k, saved.v)
+        cast = self._cast(saved.q, saved.k, saved.v, view)
         if not cast.stages:
             self.inner.backward(sums, saved, view, options)
             return
         way_home = _Reduce(self.axis, cast.stages, sums)
-        own = _zeros(saved.k, saved.v)
+        if cast.at_once:
+            cast.start(0)
+            key, value, rows = cast.joined(view)
+            grads = sums_for(key, value)
+            parts = sums[0], grads[0], grads[1]
+            self.inner.backward(parts, saved._replace(k=key, v=value), rows, options)  # type: ignore[arg-type]
+            own, arrived = zip(*(cast.apart(grad.result(), view) for grad in grads), strict=True)
+            way_home.start(0, arrived)
+            for total, grad in zip(sums[1:], own, strict=True):
+                total.add(range(grad.shape[1]), grad)
+            way_home.wait(0)
+            return
+        mine = _zeros(saved.k, saved.v)
         # a part of the own keys hides the first arrival, the other the last gradients' way home
         before, after = _halves(view.keys.rows(view.k_ranks))
         split = sum(map(len, before))
@@ -69,7 +91,7 @@ class GroupCast:
                 self.inner.backward(parts, here, _Rows(view, keys), options)  # type: ignore[arg-type]
 
         cast.start(0)
-        block(saved.k[:, split:], saved.v[:, split:], after, [RowSum.into(x[:, split:]) for x in own])
+        block(saved.k[:, split:], saved.v[:, split:], after, [RowSum.into(x[:, split:]) for x in mine])
         for i, stage in enumerate(cast.stages):
             k, v = cast.wait(i)
             cast.start(i + 1)
@@ -78,10 +100,17 @@ class GroupCast:
             if i > 0:
                 way_home.wait(i - 1)
             way_home.start(i, [grad.result() for grad in grads])
-        block(saved.k[:, :split], saved.v[:, :split], before, [RowSum.into(x[:, :split]) for x in own])
-        for total, grad in zip(sums[1:], own, strict=True):
+        block(saved.k[:, :split], saved.v[:, :split], before, [RowSum.into(x[:, :split]) for x in mine])
+        for total, grad in zip(sums[1:], mine, strict=True):
             total.add(range(grad.shape[1]), grad)
         way_home.wait(len(cast.stages) - 1)
+
+    def _cast(self, q: Tensor, k: Tensor, v: Tensor, view: View) -> _Cast:
+        if self.stages is None and most_arriving(self.axis, view) * (_width(k) + _width(v)) <= (
+            AT_ONCE * fewest_queries(self.axis, view) * _width(q)
+        ):
+            return _Cast(self.axis, plan(self.axis, view, 1), k, v, at_once=True)
+        return _Cast(self.axis, plan(self.axis, view, self.stages), k, v)
 
 
 def _zeros(*like: Tensor) -> list[Tensor]:
@@ -130,8 +159,11 @@ class Stage:
 class _Cast:
     """K/V rows on their way to the ranks that need them."""
 
-    def __init__(self, axis: Axis, stages: tuple[Stage, ...], k: Tensor, v: Tensor) -> None:
+    def __init__(
+        self, axis: Axis, stages: tuple[Stage, ...], k: Tensor, v: Tensor, *, at_once: bool = False
+    ) -> None:
         self.stages, self._tensors = stages, (k, v)
+        self.at_once = at_once and bool(stages)  # what arrives and what is here is one block
         self._exchange: AllToAllExchange | None = None
         if stages and axis.group is not None:
             self._exchange = AllToAllExchange(axis.group, "keys and values", len(stages))
@@ -160,6 +192,38 @@ class _Cast:
             for parts, x in zip((keys, values), self._tensors, strict=True)
         )
         return key, value
+
+    def joined(self, view: View) -> tuple[Tensor, Tensor, _Rows]:
+        """The rows of the only stage and the own ones, ascending in position."""
+        arrived, places = self.wait(0), self._places(view)
+        key, value = (
+            torch.cat([(own, other)[at][:, a:b] for at, a, b, _ in places], 1)
+            for own, other in zip(self._tensors, arrived, strict=True)
+        )
+        return key, value, _Rows(view, tuple(rows for *_, rows in places))
+
+    def apart(self, joined: Tensor, view: View) -> tuple[Tensor, Tensor]:
+        """Rows as `joined` has them: the own ones, and those that arrived."""
+        lengths, which = [], []
+        for at, a, b, _ in self._places(view):
+            lengths.append(b - a)
+            which.append(at)
+        pieces = joined.split(lengths, 1)
+        mine, others = (
+            [piece for piece, at in zip(pieces, which, strict=True) if at == side] for side in (0, 1)
+        )
+        return tuple(torch.cat(x, 1) if x else joined[:, :0] for x in (mine, others))  # type: ignore[return-value]
+
+    def _places(self, view: View) -> list[tuple[int, int, int, range]]:
+        """Of every range of positions, ascending: whether it arrived (1) or was here (0), its first and last
+        row there, and its positions."""
+        found = []
+        for at, ranges in enumerate((view.keys.rows(view.k_ranks), self.stages[0].keys)):
+            begin = 0
+            for rows in ranges:
+                found.append((at, begin, begin + len(rows), rows))
+                begin += len(rows)
+        return sorted(found, key=lambda place: place[3].start)
 
 
 class _Reduce:
@@ -220,10 +284,25 @@ def _unflat(flat: Tensor, lengths: Sequence[int], like: Sequence[Tensor]) -> lis
 def plan(axis: Axis, view: View, stages: int | None = None) -> tuple[Stage, ...]:
     """What this rank sends and receives, stage by stage; no stage where no rank of the axis needs another's
     rows. Known without communication, and cached."""
+    return _plan(view.mask, view.layout, view.keys, *_shards(axis, view), axis.index, stages)
+
+
+def most_arriving(axis: Axis, view: View) -> int:
+    """Rows that arrive at the rank of the axis at which most do."""
+    return _most_arriving(view.mask, view.layout, view.keys, *_shards(axis, view))
+
+
+def fewest_queries(axis: Axis, view: View) -> int:
+    """Query rows of the rank of the axis that has fewest."""
+    return min(sum(map(view.layout.length, ranks)) for ranks in _shards(axis, view)[0])
+
+
+def _shards(axis: Axis, view: View) -> tuple[Shards, Shards]:
+    """The ranks whose queries, and whose keys, each position of the axis holds."""
     positions = range(axis.size)
-    q_shards = tuple(axis.at(view.q_ranks, i) for i in positions)
-    k_shards = tuple(axis.at(view.k_ranks, i) for i in positions)
-    return _plan(view.mask, view.layout, view.keys, q_shards, k_shards, axis.index, stages)
+    return tuple(axis.at(view.q_ranks, i) for i in positions), tuple(
+        axis.at(view.k_ranks, i) for i in positions
+    )
 
 
 Shards = tuple[tuple[int, ...], ...]  # the ranks whose rows each position of the axis holds
@@ -243,6 +322,19 @@ def _plan(
     needs = [held.pieces(mask.needed_keys(layout.rows(ranks))) for ranks in q_shards]
     shard = max(sum(map(keys.length, ranks)) for ranks in k_shards)
     return tuple(_stage(needs, index, distances) for distances in _dealt(needs, shard, stages))
+
+
+@lru_cache(maxsize=64)
+def _most_arriving(
+    mask: AttentionMask, layout: Layout, keys: Layout, q_shards: Shards, k_shards: Shards
+) -> int:
+    held = _Held(keys, k_shards)
+    most = 0
+    for i, ranks in enumerate(q_shards):
+        pieces = held.pieces(mask.needed_keys(layout.rows(ranks)))
+        others = pieces[pieces[:, 0] != i]
+        most = max(most, int((others[:, 2] - others[:, 1]).sum()))
+    return most
 
 
 def _dealt(needs: Sequence[Ints], shard: int, stages: int | None) -> list[list[int]]:

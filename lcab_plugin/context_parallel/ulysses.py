@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -82,11 +82,11 @@ class Side:
         order, places = layout.ascending(ranks, x.device), layout.places(ranks, x.device)
         return cls(x.shape[2], slices, [layout.length(r) for r in ranks], order, places)
 
-    def shard(self, x: Tensor, i: int) -> tuple[Tensor, Tensor | None]:
-        """The rows of rank ``i`` of the ascending ``x [b, t, ...]``: a tensor, and which of its rows."""
+    def shard(self, x: Tensor, i: int) -> Tensor:
+        """The rows of rank ``i`` of the ascending ``x [b, t, ...]``."""
         if self.places is not None:
-            return x, self.places[i]
-        return x.narrow(1, sum(self.tokens[:i]), self.tokens[i]), None
+            return x.index_select(1, self.places[i])
+        return x.narrow(1, sum(self.tokens[:i]), self.tokens[i])
 
 
 class HeadExchange:
@@ -102,19 +102,29 @@ class HeadExchange:
         self.keys = Side.of(view.keys, view.k_ranks, k, kv_slices)
 
     def to_heads(self, tensors: Sequence[Tensor], sides: Sequence[Side]) -> list[Tensor]:
-        """Scatter heads, gather tokens; one all-to-all for all tensors, each of which is of a side."""
+        """Scatter heads, gather tokens; all tensors, each of which is of a side, at once."""
         ranks, own = range(self.axis.size), self.axis.index
-        received = self._exchange(
-            [[(x[:, :, s.slices[i]], None) for x, s in zip(tensors, sides, strict=True)] for i in ranks],
-            [
-                [
-                    (x.shape[0], s.tokens[i], _count(s.slices[own]), x.shape[3])
-                    for x, s in zip(tensors, sides, strict=True)
-                ]
-                for i in ranks
-            ],
-        )
-        whole = [torch.cat(parts, 1) for parts in zip(*received, strict=True)]
+        whole = [
+            x.new_empty(x.shape[0], sum(s.tokens), _count(s.slices[own]), x.shape[3])
+            for x, s in zip(tensors, sides, strict=True)
+        ]
+        parts = [
+            x.split(s.tokens, 1) for x, s in zip(whole, sides, strict=True)
+        ]  # by the rank they come from
+        for x, s, part in zip(tensors, sides, parts, strict=True):
+            part[own].copy_(x[:, :, s.slices[own]])
+        receives = [[_landing(part[i]) for part in parts] if i != own else [] for i in ranks]
+        sends = [
+            [x[:, :, s.slices[i]].contiguous() for x, s in zip(tensors, sides, strict=True)]
+            if i != own
+            else []
+            for i in ranks
+        ]
+        collectives.all_to_all(sends, receives, self.group)
+        for i, arrived in enumerate(receives):
+            for part, x in zip(parts, arrived, strict=i != own):
+                if x is not part[i]:
+                    part[i].copy_(x)
         return [
             x if s.order is None else x.index_select(1, s.order) for x, s in zip(whole, sides, strict=True)
         ]
@@ -123,45 +133,24 @@ class HeadExchange:
         """The transpose: gather heads, scatter tokens. What several ranks hold of one key/value head is added
         up."""
         ranks, own = range(self.axis.size), self.axis.index
-        received = self._exchange(
-            [[s.shard(x, i) for x, s in zip(tensors, sides, strict=True)] for i in ranks],
+        shards = [[s.shard(x, i) for x, s in zip(tensors, sides, strict=True)] for i in ranks]
+        receives = [
             [
-                [
-                    (x.shape[0], s.tokens[own], _count(s.slices[i]), x.shape[3])
-                    for x, s in zip(tensors, sides, strict=True)
-                ]
-                for i in ranks
-            ],
-        )
-        return [_assembled(x, side) for x, side in zip(zip(*received, strict=True), sides, strict=True)]
-
-    def _exchange(
-        self,
-        sends: Sequence[Sequence[tuple[Tensor, Tensor | None]]],
-        shapes: Sequence[Sequence[tuple[int, ...]]],
-    ) -> list[list[Tensor]]:
-        """Tensors, or some rows of them, to every rank; returns those of the given shapes from every rank."""
-        goes = [[_shape(*one) for one in per_rank] for per_rank in sends]
-        sizes = [sum(shape.numel() for shape in per_rank) for per_rank in goes]
-        packed = sends[0][0][0].new_empty(sum(sizes))
-        begin = 0
-        for (x, rows), shape in zip(chain(*sends), chain(*goes), strict=True):
-            place = packed[begin : begin + shape.numel()].view(shape)  # copied once, to where it is sent from
-            if rows is None:
-                place.copy_(x)
-            else:
-                torch.index_select(x, 1, rows, out=place)
-            begin += shape.numel()
-        numels = [[torch.Size(shape).numel() for shape in per_rank] for per_rank in shapes]
-        flat = collectives.all_to_all(packed, sizes, list(map(sum, numels)), self.group)
-        return [
-            [x.view(shape) for x, shape in zip(buffer.split(n), per_rank, strict=True)]
-            for buffer, n, per_rank in zip(flat, numels, shapes, strict=True)
+                x.new_empty(x.shape[0], s.tokens[own], _count(s.slices[i]), x.shape[3])
+                for x, s in zip(tensors, sides, strict=True)
+            ]
+            if i != own
+            else shards[own]
+            for i in ranks
         ]
+        sends = [[x.contiguous() for x in shards[i]] if i != own else [] for i in ranks]
+        collectives.all_to_all(sends, receives, self.group)
+        return [_assembled(x, side) for x, side in zip(zip(*receives, strict=True), sides, strict=True)]
 
 
-def _shape(x: Tensor, rows: Tensor | None) -> torch.Size:
-    return x.shape if rows is None else torch.Size((x.shape[0], len(rows), *x.shape[2:]))
+def _landing(part: Tensor) -> Tensor:
+    """Where a part of a tensor arrives: there itself if its rows are consecutive in memory, else beside."""
+    return part if part.is_contiguous() else part.new_empty(part.shape)
 
 
 def _assembled(pieces: Sequence[Tensor], side: Side) -> Tensor:

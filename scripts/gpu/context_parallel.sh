@@ -59,7 +59,8 @@ bench() {
     local tokens status=0
     for tokens in "${PER_GPU[@]}"; do
         ranks -m lcab_plugin.cli bench cp --kernel "$KERNEL" "${SHAPE[@]}" --masks "$MASKS" \
-            --seqlens "$((tokens * WORLD))" --layouts "${LAYOUTS:-balanced,contiguous}" --passes fwd,bwd --baseline single \
+            --seqlens "$((tokens * WORLD))" --passes fwd,bwd --baseline single \
+            ${LAYOUTS:+--layouts "$LAYOUTS"} ${STRATEGIES:+--strategies "$STRATEGIES"} \
             --cell-seconds "$CELL_SECONDS" --timeout 120 --out "$OUT/cp-$tokens-per-gpu.jsonl" \
             > "$OUT/cp-$tokens-per-gpu.txt" 2>&1 || status=1
         tail -n 3 "$OUT/cp-$tokens-per-gpu.txt"
@@ -83,7 +84,7 @@ peers() {
 # What runs beside what: one forward and backward of each strategy, a trace of rank 0 for chrome://tracing.
 trace() {
     ranks scripts/gpu/context_parallel_trace.py "$OUT" "$KERNEL" "${SHAPE[1]}" "${SHAPE[3]}" \
-        "$((PER_GPU[0] * WORLD))" > "$OUT/trace.txt" 2>&1
+        "$((PER_GPU[-1] * WORLD))" > "$OUT/trace.txt" 2>&1
     local status=$?
     grep -E "^[a-z0-9_]+: |Error" "$OUT/trace.txt"
     return "$status"

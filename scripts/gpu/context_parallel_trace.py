@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import lcab_plugin as lcab
 from lcab_plugin import masks
-from lcab_plugin.bench.cp import STRATEGIES, degrees
+from lcab_plugin.bench.cp import STRATEGIES, degrees, suited
 from lcab_plugin.context_parallel import collectives
 
 
@@ -52,7 +52,8 @@ def main(out: Path, kernel: str, heads: tuple[int, int], head_dim: int, seqlen: 
     collectives.join("nccl" if cuda else "gloo", 120.0)
     mask = masks.causal(seqlen)
     for strategy in STRATEGIES:
-        cp = lcab.context_parallel(strategy, **degrees(strategy, collectives.world_size(), None), mask=mask)
+        axes, layout = degrees(strategy, collectives.world_size()), suited(strategy, "causal")
+        cp = lcab.context_parallel(strategy, **axes, layout=layout, mask=mask)
         tokens = cp.layout.length(cp.rank)
         q, k, v, dout = (
             torch.randn(1, tokens, h, head_dim, device=device, dtype=torch.bfloat16)

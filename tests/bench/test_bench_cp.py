@@ -28,6 +28,7 @@ QUICK = ["--cell-seconds", "0.001", "--head-dim", "8", "--timeout", "60"]
 TINY = Settings(
     masks=("causal",),
     seqlens=(64,),
+    layouts=("zigzag",),
     shape=Shape(heads=4, kv_heads=2, head_dim=8, dtype="fp32"),
     cell_seconds=1e-3,
     timeout=60.0,
@@ -62,6 +63,7 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"seqlens": (0,)}, "sequence length=0"),
         ({"world": 0}, "world=0"),
         ({"ulysses": 0}, "ulysses=0"),
+        ({"inner_ring": 0}, "inner_ring=0"),
         ({"timeout": 0.0}, "timeout 0.0 must be above 0"),
     ],
 )
@@ -82,6 +84,12 @@ def test_every_strategy_takes_part_by_default() -> None:
     assert all(strategy != SINGLE for strategy, _ in replace(TINY, baseline="none").rows("causal"))
 
 
+def test_strategies_have_the_layout_that_suits_the_mask() -> None:
+    asked = replace(TINY, strategies=("ulysses", "ring_p2p"), layouts=(), baseline="none")
+    for mask, suited in (("causal", "zigzag"), ("causal_document", "balanced"), ("full", "contiguous")):
+        assert asked.rows(mask) == [("ulysses", "contiguous"), ("ring_p2p", suited)]
+
+
 def test_degrees_split_the_world_evenly() -> None:
     assert cp.degrees("ring_p2p", 8, None) == {}
     for world, ulysses, ring in ((2, 2, 1), (4, 2, 2), (6, 3, 2), (8, 4, 2)):
@@ -90,6 +98,11 @@ def test_degrees_split_the_world_evenly() -> None:
     assert cp.degrees("loongtrain", 4, None) == {"ulysses": 2, "inner_ring": 2, "ring": 2}
     assert cp.degrees("loongtrain", 8, None) == {"ulysses": 2, "inner_ring": 2, "ring": 4}
     assert cp.degrees("loongtrain", 8, 1) == {"ulysses": 1, "inner_ring": 4, "ring": 8}
+    assert cp.degrees("loongtrain", 8, 1, 2) == {"ulysses": 1, "inner_ring": 2, "ring": 8}
+    assert cp.degrees("loongtrain", 8, inner_ring=4) == {"ulysses": 2, "inner_ring": 4, "ring": 4}
+    assert cp.degrees("usp", 8, 2, 4) == {"ulysses": 2, "ring": 4}
+    with pytest.raises(LcabError, match="inner_ring=3 does not divide 8 ranks"):
+        cp.degrees("loongtrain", 8, inner_ring=3)
     with pytest.raises(LcabError, match="ulysses=3 does not divide 8 ranks"):
         cp.degrees("usp", 8, 3)
 

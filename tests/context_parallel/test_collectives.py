@@ -96,7 +96,12 @@ def counted(rank: int, world: int) -> None:
     arriving = [s + 1 + rank for s in range(world)]
     others = sum(sizes) - sizes[rank]
     packed = torch.ones(sum(sizes))
-    assert of(lambda: collectives.all_to_all(packed, sizes, arriving, group)) == {"all_to_all": 4 * others}
+    sends = [[torch.full((n,), float(rank)), torch.full((2, n), i + 0.5)] for i, n in enumerate(sizes)]
+    receives = [[torch.zeros(n), torch.zeros(2, n)] for n in arriving]
+    assert of(lambda: collectives.all_to_all(sends, receives, group)) == {"all_to_all": 3 * 4 * others}
+    for i, (first, second) in enumerate(receives):
+        assert torch.equal(first, torch.full_like(first, i if i != rank else 0))
+        assert torch.equal(second, torch.full_like(second, rank + 0.5 if i != rank else 0))
 
     def exchange() -> None:
         under_way = AllToAllExchange(group, "rows", 1)

@@ -75,11 +75,13 @@ def test_those_compiled_or_interpreted_on_a_cpu(cp_device, monkeypatch):
     assert {name.split(" x ")[0] for name, backward in ran.items() if not backward} == {"flex"}
 
 
-def test_every_kernel_of_a_gpu(cp_device):
+@pytest.mark.parametrize("kernel", lcab.kernels.names())
+def test_every_kernel_of_a_gpu(kernel, cp_device):
     if cp_device != "cuda":
         pytest.skip("needs GPUs: --cp-device cuda")
-    here = tuple(name for name, reason in lcab.kernels.availability().items() if reason is None)
-    assert all(check(here, "cuda").values())
+    if reason := get(kernel).unavailable():
+        pytest.skip(reason)
+    assert all(check((kernel,), "cuda").values())
 
 
 def test_no_kernel_of_a_cpu_is_left_out():

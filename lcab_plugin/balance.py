@@ -1,0 +1,123 @@
+"""Which chunks of queries go to which rank, by the area of one mask: what layout ``balanced`` is made of."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+import numpy as np
+
+from lcab_plugin.masks import AttentionMask
+from lcab_plugin.masks.geometry import Ints
+
+# Chunks are halved up to HALVINGS times, to no less than LEAST tokens, to bring the imbalance down to EVEN:
+# whole chunks of a few long documents, all of the same work, do not always divide by the ranks.
+LEAST, HALVINGS, EVEN = 16, 2, 1.03
+# Neighbouring chunks stay together where that saves keys, and exchanging few of them between ranks brings the
+# imbalance down to NEARLY: at most one in SWAPPED of all, and so many per rank and besides.
+NEARLY, SWAPPED, SWAPS_PER_RANK, SWAPS = 1.04, 4, 4, 32
+ASKED = 64  # ranks at most whose needed keys are looked at
+
+Held = list[list[int]]  # of every rank, the numbers of its chunks
+
+
+def halved(longest: int) -> list[int]:
+    """The lengths of chunks to try, in this order."""
+    return [max(LEAST, longest >> halvings) for halvings in range(HALVINGS + 1)]
+
+
+def deal(mask: AttentionMask, ranks: int, cuts: Sequence[list[int]]) -> tuple[list[int], Held]:
+    """One of ``cuts`` (where the chunks of a sequence begin, and its end), and the chunks of every rank.
+
+    Where exchanging a few chunks between ranks that hold consecutive ones brings the imbalance down to
+    NEARLY, documents stay together, and ``group_cast`` sends little. Where it does not, or saves nothing,
+    chunks are dealt one by one, largest first, to the least loaded rank that still takes one.
+    """
+    work = [mask.area_by_chunk(edges) for edges in cuts]
+    tried = []
+    for i, edges in enumerate(cuts):
+        held = _dealt(work[i], ranks, _is_short(edges))
+        tried.append((_imbalance(work[i], held), i, held))
+        if tried[-1][0] <= EVEN:
+            break
+    _, best, dealt = min(tried)
+    for edges, area in zip(cuts, work, strict=True):
+        exchanged = _exchanged(area, ranks, _is_short(edges))
+        if exchanged is not None:
+            nearer = _most_needed(mask, edges, exchanged) <= 0.9 * _most_needed(mask, cuts[best], dealt)
+            return (edges, exchanged) if nearer else (cuts[best], dealt)
+    return cuts[best], dealt
+
+
+def _is_short(edges: list[int]) -> bool:
+    """Whether the last chunk is shorter than the others."""
+    return len(edges) > 2 and edges[-1] - edges[-2] < edges[1]
+
+
+def _imbalance(area: Ints, held: Held) -> float:
+    """Largest over mean area of a rank, 1 where nothing is visible."""
+    work = [int(area[chunks].sum()) for chunks in held]
+    return max(work) * len(work) / sum(work) if any(work) else 1.0
+
+
+def _most_needed(mask: AttentionMask, edges: list[int], held: Held) -> int:
+    """Keys that the rank needs which needs most."""
+    asked = held[:: -(-len(held) // ASKED)]
+    rows = ([range(edges[c], edges[c + 1]) for c in sorted(chunks)] for chunks in asked)
+    return max(sum(map(len, mask.needed_keys(ranges))) for ranges in rows)
+
+
+def _exchanged(area: Ints, ranks: int, short: bool) -> Held | None:
+    """Consecutive chunks on every rank, but for those that the heaviest and the lightest rank exchanged,
+    again and again; None where that does not bring the imbalance down to NEARLY in few exchanges."""
+    n = len(area)
+    held = [np.arange(n * r // ranks, n * (r + 1) // ranks) for r in range(ranks)]
+    load = np.array([int(area[chunks].sum()) for chunks in held])
+    mean = int(load.sum()) / ranks
+    for _ in range(min(n // SWAPPED, SWAPS_PER_RANK * ranks + SWAPS) + 1):
+        heavy, light = int(load.argmax()), int(load.argmin())
+        if load[heavy] <= NEARLY * mean:
+            return [chunks.tolist() for chunks in held]
+        # a short last chunk stays where it is: the last rank has as many chunks as any
+        mine, theirs = (held[r][: -1 if short and r == ranks - 1 else None] for r in (heavy, light))
+        if not len(mine) or not len(theirs):
+            return None
+        wanted = min(load[heavy] - mean, mean - load[light])  # settles one of the two
+        order = np.argsort(area[theirs], kind="stable")
+        near = np.searchsorted(area[theirs][order], area[mine] - wanted).clip(0, len(theirs) - 1)
+        gains = area[mine] - area[theirs[order[near]]]
+        give = int(np.abs(gains - wanted).argmin())
+        gain, take = int(gains[give]), int(order[near[give]])
+        if not 0 < gain < load[heavy] - load[light]:
+            return None
+        load[heavy], load[light] = load[heavy] - gain, load[light] + gain
+        held[heavy][give], held[light][take] = theirs[take], mine[give]
+    return None
+
+
+def _dealt(area: Ints, ranks: int, short: bool) -> Held:
+    """Chunks one by one, largest first, to the least loaded rank that still takes one.
+
+    ``short``: the last chunk is shorter than the others, so its rank must not have fewer chunks than another.
+    It is dealt first, to rank 0, which gets one more where any rank does.
+    """
+    each, spare = divmod(len(area), ranks)
+    order = np.argsort(-area, kind="stable").tolist()
+    limit = [each] * ranks
+    if short:
+        last = len(area) - 1
+        order.remove(last)
+        order.insert(0, last)
+        limit[0] += spare > 0
+        spare -= spare > 0
+    work, held = area.tolist(), [list[int]() for _ in range(ranks)]
+    heap = [(0, rank) for rank in range(ranks)]
+    for chunk in order:
+        load, rank = heapq.heappop(heap)
+        while not spare and len(held[rank]) == limit[rank]:
+            load, rank = heapq.heappop(heap)
+        spare -= len(held[rank]) == limit[rank]
+        held[rank].append(chunk)
+        if len(held[rank]) <= each:
+            heapq.heappush(heap, (load + work[chunk], rank))
+    return held
