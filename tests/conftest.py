@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
+import gc
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from verified import Recorder
 
 DESELECTED = pytest.StashKey[int]()
@@ -69,3 +74,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     terminalreporter.write_line(tier(config))
+
+
+@pytest.fixture
+def most_of_the_memory() -> Iterator[None]:
+    """One test at a time, of however many processes test on a GPU."""
+    with (Path(tempfile.gettempdir()) / "lcab_plugin_most_of_the_memory").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        gc.collect()
+        torch.cuda.empty_cache()

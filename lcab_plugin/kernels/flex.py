@@ -8,6 +8,9 @@ input of the same compiled kernel.
 Backward: the public function takes no ``out`` and ``lse`` from outside, so it computes the forward once more
 under autograd and weights both of its outputs (one forward more than a fused backward; nothing is kept
 between the passes). CPU: forward only, and its kernel returns no lse, which two more calls recover.
+
+On an H100 (torch 2.11) the templates have no configuration that fits float32 with head_dim 192, and read
+outside of tensors that span 2^31 elements; both are refused.
 """
 
 from __future__ import annotations
@@ -85,12 +88,9 @@ class Flex:
             return "FlexAttention has no backward on a CPU"
         if q.is_cpu and options.softcap is not None:
             return "FlexAttention's CPU kernel returns no lse, and under a soft cap it cannot be recovered"
-        for name, dim in (("head_dim", q.shape[-1]), ("value head_dim", v.shape[-1])):
-            if not 16 <= dim <= 256:
-                return f"{name} must be 16 to 256, not {dim}"
         if (runs := _runs(mask)) > MAX_INTERVALS:
             return f"a row of this mask sees {runs} separate runs of keys, and it compares {MAX_INTERVALS}"
-        return None
+        return _unfit(q, k, v)
 
     def explain(self, mask: AttentionMask, head_dim: int) -> list[NativeCall]:
         counts = mask.block_map(BLOCK, BLOCK).counts()
@@ -134,6 +134,25 @@ class Flex:
         grads = torch.autograd.grad([own_out, own_lse], [q, k, v], [weighted.to(own_out.dtype), dlse])
         dq, dk, dv = grads
         return dq, dk, dv
+
+
+def _unfit(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why its templates cannot take tensors of these sizes."""
+    for name, dim in (("head_dim", q.shape[-1]), ("value head_dim", v.shape[-1])):
+        if not 16 <= dim <= 256:
+            return f"{name} must be 16 to 256, not {dim}"
+        if q.is_cuda and q.dtype == torch.float32 and 128 < dim < 256:
+            return f"FlexAttention has no configuration for float32 and {name} {dim}"
+    out = q.numel() // q.shape[-1] * v.shape[-1]
+    if max(out, *map(_span, (q, k, v))) >= 2**31:
+        return "FlexAttention indexes with 32 bits, and a tensor of this call spans 2^31 elements or more"
+    return None
+
+
+def _span(x: Tensor) -> int:
+    """Elements from the first of ``x`` to its last in memory."""
+    steps = zip(x.shape, x.stride(), strict=True)
+    return 1 + sum((size - 1) * stride for size, stride in steps) if x.numel() else 0
 
 
 def _torch_release() -> tuple[int, ...]:

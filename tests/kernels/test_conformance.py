@@ -7,18 +7,14 @@ proved goes to the records with ``--record-verified lcab_plugin/kernels/verified
 
 from __future__ import annotations
 
-import fcntl
-import gc
 import json
 import math
 import re
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import gaps
@@ -373,16 +369,6 @@ def laid_out(x: list[Tensor], layout: str) -> list[Tensor]:
 def test_inputs(layout, name, cell):
     x = on_device(N, N, 4, 2, 64, cell.dtype(64))
     cell.judge(*laid_out(x, layout), MASKS[name])
-
-
-@pytest.fixture
-def most_of_the_memory():
-    """One test at a time, of however many processes test on this GPU."""
-    with (Path(tempfile.gettempdir()) / "lcab_plugin_most_of_the_memory").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-        gc.collect()
-        torch.cuda.empty_cache()
 
 
 @pytest.mark.nightly
