@@ -368,9 +368,14 @@ class AllToAllExchange:
         return f"group cast of {self._what}, step {self._step} of {self._steps}, over {_over(self._group)}"
 
 
-def all_to_all(sends: Sequence[Sequence[Tensor]], receives: Sequence[Sequence[Tensor]], group: Group) -> None:
+def all_to_all(
+    sends: Sequence[Sequence[Tensor]],
+    receives: Sequence[Sequence[Tensor]],
+    group: Group,
+    kind: str = "all_to_all",
+) -> None:
     """Send ``sends[i]`` to rank i of the group, and fill ``receives[i]`` with what it sends here; the own
-    rank's are not looked at.
+    rank's are not looked at. ``kind``: what this is, for the count of bytes and for messages.
 
     Every tensor is contiguous and travels from and to where it lies, all in one launch under NCCL: an
     all-to-all of one flat tensor would have everything packed before and unpacked after.
@@ -380,11 +385,23 @@ def all_to_all(sends: Sequence[Sequence[Tensor]], receives: Sequence[Sequence[Te
     ops = [dist.P2POp(dist.irecv, x, ranks[i], group) for i in others[::-1] for x in receives[i] if x.numel()]
     for i in others:
         for x in sends[i]:
-            _count("all_to_all", x.numel(), x)
+            _count(kind, x.numel(), x)
         ops += [dist.P2POp(dist.isend, x, ranks[i], group) for x in sends[i] if x.numel()]
-    with _ends(lambda: f"all-to-all of {_over(group)}"):
+    with _ends(lambda: f"{kind.replace('_', '-')} of {_over(group)}"):
         for work in dist.batch_isend_irecv(ops) if ops else []:
             work.wait()
+
+
+def landing(part: Tensor) -> Tensor:
+    """Where a part of a tensor arrives: there itself if its rows are consecutive in memory, else beside."""
+    return part if part.is_contiguous() else part.new_empty(part.shape)
+
+
+def settle(parts: Sequence[Tensor], arrived: Sequence[Tensor]) -> None:
+    """Bring what arrived beside its place (``landing``) there."""
+    for part, x in zip(parts, arrived, strict=True):
+        if x is not part:
+            part.copy_(x)
 
 
 # torch 2.13 renamed these two and deprecates the old names

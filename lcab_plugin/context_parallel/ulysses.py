@@ -113,7 +113,7 @@ class HeadExchange:
         ]  # by the rank they come from
         for x, s, part in zip(tensors, sides, parts, strict=True):
             part[own].copy_(x[:, :, s.slices[own]])
-        receives = [[_landing(part[i]) for part in parts] if i != own else [] for i in ranks]
+        receives = [[collectives.landing(part[i]) for part in parts] for i in ranks]
         sends = [
             [x[:, :, s.slices[i]].contiguous() for x, s in zip(tensors, sides, strict=True)]
             if i != own
@@ -121,10 +121,9 @@ class HeadExchange:
             for i in ranks
         ]
         collectives.all_to_all(sends, receives, self.group)
-        for i, arrived in enumerate(receives):
-            for part, x in zip(parts, arrived, strict=i != own):
-                if x is not part[i]:
-                    part[i].copy_(x)
+        for i in ranks:
+            if i != own:
+                collectives.settle([part[i] for part in parts], receives[i])
         return [
             x if s.order is None else x.index_select(1, s.order) for x, s in zip(whole, sides, strict=True)
         ]
@@ -146,11 +145,6 @@ class HeadExchange:
         sends = [[x.contiguous() for x in shards[i]] if i != own else [] for i in ranks]
         collectives.all_to_all(sends, receives, self.group)
         return [_assembled(x, side) for x, side in zip(zip(*receives, strict=True), sides, strict=True)]
-
-
-def _landing(part: Tensor) -> Tensor:
-    """Where a part of a tensor arrives: there itself if its rows are consecutive in memory, else beside."""
-    return part if part.is_contiguous() else part.new_empty(part.shape)
 
 
 def _assembled(pieces: Sequence[Tensor], side: Side) -> Tensor:

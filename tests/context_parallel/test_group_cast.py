@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from distributed import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import lcab_plugin as lcab
 from lcab_plugin import kernels, masks
 from lcab_plugin import layout as layouts
 from lcab_plugin.context_parallel import collectives
@@ -338,3 +340,37 @@ def repeated(rank: int, world: int) -> None:
 
 def test_runs_repeat_bitwise_with_float32_sums():
     run(repeated, 4)
+
+
+def counted(kernel, step, calls):
+    """The kernel's method, which counts how often it is called."""
+    method = getattr(kernel, step)
+
+    def counting(*arguments):
+        calls[step] += 1
+        return method(*arguments)
+
+    return counting
+
+
+def blocks(rank: int, world: int) -> None:
+    """Kernel calls by mask: one where little arrives, more where it pays to hide transfers."""
+    n, found, once = 256, {}, {"forward": 1, "backward": 1}
+    for name, mask, kv_heads in (
+        ("a window", masks.sliding_window_causal(n, 16), 2),
+        ("shared heads", masks.causal(n), 1),
+        ("all keys", masks.causal(n), 8),
+    ):
+        cp = lcab.context_parallel("group_cast").with_layout("zigzag", mask=mask)
+        q, k, v, dout = (cp.shard(x) for x in inputs(n, n, 8, kv_heads, 16, torch.float32))
+        q, k, v = (x.requires_grad_() for x in (q, k, v))
+        kernel, calls = type(kernels.get("sdpa_math")), Counter()
+        with mock.patch.multiple(kernel, **{step: counted(kernel, step, calls) for step in once}):
+            lcab.attention(q, k, v, mask, kernel="sdpa_math", cp=cp).backward(dout)
+        found[name] = dict(calls)
+    assert found["a window"] == found["shared heads"] == once
+    assert min(found["all keys"].values()) > 1
+
+
+def test_one_block_where_little_arrives():
+    run(blocks, 2)
