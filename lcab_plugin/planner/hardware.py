@@ -61,8 +61,9 @@ class Hardware:
         return made
 
 
-# A link is taken at this share of its data sheet's bandwidth, what large messages reach about.
-LINK_SHARE = 0.8
+# A link is taken at this share of its data sheet's bandwidth: NCCL's transfers between two H100s reach about
+# half of NVLink's (docs/results/2026-11-24-2xh100); between nodes it is assumed.
+INSIDE_SHARE, BETWEEN_SHARE = 0.5, 0.8
 # Seconds a message takes however small it is: a launch and the fabric. Assumed; --calibrate fits the first.
 INSIDE_LATENCY, BETWEEN_LATENCY = 8e-6, 20e-6
 
@@ -79,9 +80,10 @@ def _gpu(
         peak_fp32 * 1e12,
         memory * 1e9,
         stream * 1e9,
-        Link(LINK_SHARE * nvlink * 1e9, INSIDE_LATENCY),
-        Link(LINK_SHARE * 50e9, BETWEEN_LATENCY),
-        f"{sheet}; between nodes 400 Gbit/s a GPU (DGX); links at {LINK_SHARE:.0%}, latencies assumed",
+        Link(INSIDE_SHARE * nvlink * 1e9, INSIDE_LATENCY),
+        Link(BETWEEN_SHARE * 50e9, BETWEEN_LATENCY),
+        f"{sheet}; between nodes 400 Gbit/s a GPU (DGX); links at {INSIDE_SHARE:.0%} of that inside and "
+        f"{BETWEEN_SHARE:.0%} between nodes, latencies assumed",
     )
 
 

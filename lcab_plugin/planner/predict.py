@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+from lcab_plugin.context_parallel.group_cast import AT_ONCE
 from lcab_plugin.masks import AttentionMask
 from lcab_plugin.planner import memory, split, traffic
 from lcab_plugin.planner.hardware import Hardware
@@ -14,12 +15,14 @@ from lcab_plugin.planner.split import Block
 from lcab_plugin.planner.traffic import Sent, Span
 from lcab_plugin.planner.work import Work
 
+CAST_MERGES = {"fwd": 2, "bwd": 3}  # of group cast in two stages; in backward the own keys are two blocks
+
 
 @dataclass(frozen=True)
 class Call:
     """One attention call of one pass on the slowest rank, seconds: ``compute``, of it ``waiting`` for the
     imbalance (what it would take less if all ranks had the mean area), and communication that no kernel
-    hides (``exposed``) of the ``transfer`` there is. ``sent``: bytes."""
+    hides of the ``transfer`` there is, with what packing and merging take (``exposed``). ``sent``: bytes."""
 
     compute: float
     waiting: float
@@ -88,13 +91,40 @@ def call(plan: Plan, setting: Setting, step: str) -> Call:
         time = rings[0].gather(shards[0] / shards[1] / gathers, hardware) * gathers
         exposed, transfer = exposed + time, transfer + time
     elif rings and plan.strategy == "group_cast":
-        hidden, whole = _cast(rings[0], sent, hidden_in, hardware)
+        cast = _cast_at_once if cast_at_once(plan, model) else _cast
+        hidden, whole = cast(rings[0], sent, hidden_in, hardware)
         exposed, transfer = exposed + hidden, transfer + whole
     elif rings:
         kv, sums = traffic.block_bytes(model, block.rows, plan.ulysses)
         hidden, whole = _rings(rings, kv, sums if step == "bwd" else 0.0, hidden_in, hardware)
         exposed, transfer = exposed + hidden, transfer + whole
+    exposed += _handled(plan, setting, step, hidden_in) / hardware.stream
     return Call(compute, compute * (1 - 1 / block.imbalance), exposed, transfer, sent)
+
+
+def cast_at_once(plan: Plan, model: Model) -> bool:
+    """Whether group cast awaits all keys and computes one block."""
+    arriving = plan.cast[1] * 2 * model.kv_heads
+    return bool(arriving <= AT_ONCE * plan.block.rows * model.heads)
+
+
+def _handled(plan: Plan, setting: Setting, step: str, parts: _Parts) -> float:
+    """Bytes that a rank reads and writes beside the kernels' own: heads packed for Ulysses once each way, and
+    softmaxes merged (in backward gradients of the queries added up) in float32, block by block."""
+    model, rows, e = setting.model, plan.block.rows, setting.model.itemsize
+    moved = 0.0
+    if plan.ulysses > 1:
+        moved += 2 * e * 2 * rows * (model.heads + model.kv_heads)
+    merges = 0.0
+    if plan.strategy == "group_cast" and not cast_at_once(plan, model):
+        merges = CAST_MERGES[step]
+    elif plan.strategy not in ("none", "ulysses", "ring_all_gather", "group_cast"):
+        ranks = len(plan.block.layout.ranges) // len(plan.block.ranks)
+        merges = (ranks - 1) * parts.busy
+    if merges:
+        each = e + 4 + 12 if step == "fwd" else e + 8  # its part in float32, and three passes; or one sum
+        moved += rows * model.heads * (2 * (e + 4) + merges * each)  # into float32 once, and back
+    return moved * model.head_dim
 
 
 @dataclass(frozen=True)
@@ -111,7 +141,8 @@ def _compute(plan: Plan, setting: Setting, step: str, heads: Heads) -> tuple[flo
     dim, device, block = setting.model.head_dim, setting.hardware.device, plan.block
     ranks = len(block.layout.ranges) // len(block.ranks)
     seconds = plan.speed.seconds
-    if ranks == 1 or plan.strategy == "ring_all_gather":
+    whole = plan.strategy == "group_cast" and cast_at_once(plan, setting.model)
+    if ranks == 1 or whole or plan.strategy == "ring_all_gather":
         time = seconds(step, split.whole(plan.kernel, block, dim, device), heads)
         return time, _Parts(time, 0.0, 0.0)
     met = split.ring(plan.kernel, block, dim, device)
@@ -128,6 +159,13 @@ def _stages(met: split.Ring, peers: int) -> Work:
     """Of group cast: half of all that is not the own keys', in one call."""
     half = met.other.scaled(met.busy * peers / 2)
     return Work(**{**vars(half), "calls": met.other.calls, "rows": met.own.rows})
+
+
+def _cast_at_once(span: Span, sent: Sent, parts: _Parts, hardware: Hardware) -> tuple[float, float]:
+    """Nothing is hidden."""
+    whole = span.all_to_all(sent.keys, hardware)
+    whole += span.all_to_all(sent.gradients, hardware) if sent.gradients else 0.0
+    return whole, whole
 
 
 def _cast(span: Span, sent: Sent, parts: _Parts, hardware: Hardware) -> tuple[float, float]:

@@ -210,3 +210,28 @@ def test_terms_add_up_to_the_step() -> None:
         "parameters": 0,
         "optimizer": 0,
     }
+
+
+def exposed(strategy: str, mask: masks.AttentionMask) -> float:
+    """Seconds of a forward and a backward over two GPUs that kernels do not take."""
+    choice = Choice(("triton",), (strategy,), ("contiguous",), (2,))
+    (found,) = ranked(model=ATTENTION, cluster=Cluster(1, 2, zero=0), choice=choice, mask=mask)
+    return found.terms["exposed"]
+
+
+def test_packing_and_merging_are_exposed() -> None:
+    n, (h, hk, d, e) = 16384, (ATTENTION.heads, ATTENTION.kv_heads, ATTENTION.head_dim, ATTENTION.itemsize)
+    rows, two = n // 2, Span(2, 1, 2)
+    packed = 4 * e * d * rows * (h + hk) / H100.stream
+    sent = two.all_to_all(e * rows * (h + hk) * d, H100)  # half of q, k, v and out
+    assert exposed("ulysses", masks.full(n)) == pytest.approx(2 * (sent + packed))
+    merged = d * rows * h * (2 * (e + 4) + (e + 16) + 2 * (e + 4) + (e + 8)) / H100.stream
+    last = two.hop(2 * rows * hk * d * 4, H100)  # gradients of the keys, which nothing hides
+    assert exposed("ring_p2p", masks.full(n)) == pytest.approx(merged + last)
+
+
+def test_little_is_awaited_and_nothing_merged() -> None:
+    mask, two = masks.sliding_window_causal(16384, 512), Span(2, 1, 2)
+    keys = 512 * 2 * ATTENTION.kv_heads * ATTENTION.head_dim * ATTENTION.itemsize
+    times = [two.all_to_all(x, H100) for x in (keys, keys, keys * 4 // ATTENTION.itemsize)]
+    assert exposed("group_cast", mask) == pytest.approx(sum(times), rel=0.01)
