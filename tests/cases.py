@@ -188,10 +188,13 @@ class Expected:
     sizes: dict[str, Tensor]
 
     @cached_property
-    def limits(self) -> dict[str, tuple[float, float]]:
+    def eager(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Eager attention's errors, of each tensor as a whole and in one row."""
+        return errors(self.plain, self.want), row_errors(self.plain, self.want, self.sizes)
+
+    def limits(self, gradients: float = 2.0) -> dict[str, tuple[float, float]]:
         """The error each tensor may have as a whole, and in one row: twice eager attention's and a few ulp.
-        Three times for gradients in float32, as in FlashAttention's tests: what counts there is the order in
-        which thousands of rows are added up, and eager's matrix products add in blocks.
+        ``gradients``: the times for those in float32.
 
         float64 has no yardstick to be measured by: there the formula must come out.
         """
@@ -200,19 +203,20 @@ class Expected:
             return dict.fromkeys(self.want, (1e-12, 1e-12))
         ulp = torch.finfo(dtype).eps
         ulps = (8 * ulp, 4 * ulp) if dtype == torch.float32 else (4 * ulp, ulp)
-        whole, row = errors(self.plain, self.want), row_errors(self.plain, self.want, self.sizes)
-        times = dict.fromkeys(self.want, 2) | (
-            dict.fromkeys(("dq", "dk", "dv"), 3) if dtype == torch.float32 else {}
-        )
+        whole, row = self.eager
+        times = dict.fromkeys(self.want, 2.0)
+        if dtype == torch.float32:
+            times |= dict.fromkeys(("dq", "dk", "dv"), gradients)
         return {n: (times[n] * whole[n] + ulps[0], times[n] * row[n] + ulps[1]) for n in self.want}
 
-    def problems(self, got: dict[str, Tensor]) -> list[str]:
+    def problems(self, got: dict[str, Tensor], gradients: float = 2.0) -> list[str]:
         """What exceeds its limit, as a whole or in one row, in words."""
+        limits = self.limits(gradients)
         measured = errors(got, self.want), row_errors(got, self.want, self.sizes)
         return [
             f"{name}{what}: {error[name]:.2e} over {limit:.2e}"
             for name in got
-            for what, error, limit in zip(("", " by row"), measured, self.limits[name], strict=True)
+            for what, error, limit in zip(("", " by row"), measured, limits[name], strict=True)
             if not error[name] <= limit
         ]
 

@@ -73,7 +73,7 @@ class GroupCast:
             grads = sums_for(key, value)
             parts = sums[0], grads[0], grads[1]
             self.inner.backward(parts, saved._replace(k=key, v=value), rows, options)  # type: ignore[arg-type]
-            own, arrived = zip(*(cast.apart(grad.result(), view) for grad in grads), strict=True)
+            own, arrived = zip(*(cast.apart(grad.result()) for grad in grads), strict=True)
             way_home.start(0, arrived)
             for total, grad in zip(sums[1:], own, strict=True):
                 total.add(range(grad.shape[1]), grad)
@@ -164,6 +164,7 @@ class _Cast:
     ) -> None:
         self.stages, self._tensors = stages, (k, v)
         self.at_once = at_once and bool(stages)  # what arrives and what is here is one block
+        self._places: list[tuple[int, int, int, range]] = []  # of that block
         self._exchange: AllToAllExchange | None = None
         if stages and axis.group is not None:
             self._exchange = AllToAllExchange(axis.group, "keys and values", len(stages))
@@ -195,35 +196,33 @@ class _Cast:
 
     def joined(self, view: View) -> tuple[Tensor, Tensor, _Rows]:
         """The rows of the only stage and the own ones, ascending in position."""
-        arrived, places = self.wait(0), self._places(view)
+        arrived, self._places = self.wait(0), _places(view.keys.rows(view.k_ranks), self.stages[0].keys)
         key, value = (
-            torch.cat([(own, other)[at][:, a:b] for at, a, b, _ in places], 1)
+            torch.cat([(own, other)[at][:, a:b] for at, a, b, _ in self._places], 1)
             for own, other in zip(self._tensors, arrived, strict=True)
         )
-        return key, value, _Rows(view, tuple(rows for *_, rows in places))
+        return key, value, _Rows(view, tuple(rows for *_, rows in self._places))
 
-    def apart(self, joined: Tensor, view: View) -> tuple[Tensor, Tensor]:
-        """Rows as `joined` has them: the own ones, and those that arrived."""
-        lengths, which = [], []
-        for at, a, b, _ in self._places(view):
-            lengths.append(b - a)
-            which.append(at)
-        pieces = joined.split(lengths, 1)
-        mine, others = (
-            [piece for piece, at in zip(pieces, which, strict=True) if at == side] for side in (0, 1)
+    def apart(self, joined: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows as `joined` gave them: the own ones, and those that arrived."""
+        pieces = joined.split([b - a for _, a, b, _ in self._places], 1)
+        own, arrived = (
+            [piece for piece, place in zip(pieces, self._places, strict=True) if place[0] == side]
+            for side in (0, 1)
         )
-        return tuple(torch.cat(x, 1) if x else joined[:, :0] for x in (mine, others))  # type: ignore[return-value]
+        return torch.cat(own or [joined[:, :0]], 1), torch.cat(arrived or [joined[:, :0]], 1)
 
-    def _places(self, view: View) -> list[tuple[int, int, int, range]]:
-        """Of every range of positions, ascending: whether it arrived (1) or was here (0), its first and last
-        row there, and its positions."""
-        found = []
-        for at, ranges in enumerate((view.keys.rows(view.k_ranks), self.stages[0].keys)):
-            begin = 0
-            for rows in ranges:
-                found.append((at, begin, begin + len(rows), rows))
-                begin += len(rows)
-        return sorted(found, key=lambda place: place[3].start)
+
+def _places(own: Sequence[range], arrived: Sequence[range]) -> list[tuple[int, int, int, range]]:
+    """Of every range of positions, ascending: whether it was here (0) or arrived (1), its first row there and
+    the one after its last, and its positions."""
+    found = []
+    for at, ranges in enumerate((own, arrived)):
+        begin = 0
+        for rows in ranges:
+            found.append((at, begin, begin + len(rows), rows))
+            begin += len(rows)
+    return sorted(found, key=lambda place: place[3].start)
 
 
 class _Reduce:

@@ -33,6 +33,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 N = SHORT if DEVICE == "cpu" else 777  # on a GPU several blocks of any kernel, and a remainder
 MASKS = twelve(N)
 DENSE = {"naive", "sdpa_math"}  # [q, k] by their nature
+# Times eager attention's error that float32 gradients may have, as in FlashAttention's tests, where not 2: of
+# libraries that add thousands of rows one after another, not in blocks.
+FLOAT32_GRADIENTS = {"flex": 3.0}
 
 # One skipped test each says why a kernel is not in the matrix of this machine.
 NOT_HERE = {name: reason for name, reason in lcab.kernels.availability().items() if reason}
@@ -170,7 +173,7 @@ def case(name: str, dtype: torch.dtype, shape: Shape) -> tuple[Any, ...]:
 def test_within_the_error_budget(shape, dtype, name, cell):
     """At most twice what eager attention loses in the same precision, plus a few ulp; float64 is exact."""
     x, answer = case(name, dtype, shape)
-    assert not answer.problems(cell.attempt(*x))
+    assert not answer.problems(cell.attempt(*x), FLOAT32_GRADIENTS.get(cell.kernel, 2.0))
 
 
 @pytest.mark.parametrize("name", MASKS)
