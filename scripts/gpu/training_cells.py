@@ -2,15 +2,17 @@
 
     python scripts/gpu/training_cells.py smoke|parity|speed|longest OUT --seconds N --world N --kernels A,B
 
-Each run leaves OUT/NAME/metrics.jsonl, and OUT/NAME/failed.txt with the reason if it did not get to its end.
-The ranks (`training_ranks.py`) do one run after the other; when one fails or takes too long they are started
-again with the rest. Runs that OUT has already are not done again.
+Each run leaves OUT/NAME/metrics.jsonl, and OUT/NAME/failed.txt with the reason if it failed or took too long.
+The ranks (`training_ranks.py`) do one run after the other; when one fails they are started again with the
+rest. What OUT has of either is not done again, but what the end of the step's time cut is: remove failed.txt
+to have a run tried again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import signal
 import sys
@@ -22,12 +24,15 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
-from training_runs import CUDA, SCRIPTS, STEPS, Run, of_length
+from training_runs import CUDA, NO_MEMORY, SCRIPTS, STEPS, Run, of_length
 
 from lcab_plugin.bench.launch import Outcome, launch
 
 RANKS = Path(__file__).with_name("training_ranks.py")
-STARTING = 60.0  # seconds that the first run after a start may take longer
+STARTING = 30.0  # seconds that the first run after a start may take longer
+# GiB that runs may leave behind for the next one in their process, mostly buffers of NCCL: more
+# where the next one does not need a whole GPU.
+LEFT_BEHIND, LEFT_BEHIND_LONGEST = 20, 4
 
 
 class TooLong(Exception):
@@ -53,6 +58,16 @@ class Step:
         metrics = self.folder(run) / "metrics.jsonl"
         return metrics.exists() and b'{"type": "end"' in metrics.read_bytes()
 
+    def failure(self, run: Run) -> str | None:
+        """Why it failed, if it did."""
+        failed = self.folder(run) / "failed.txt"
+        return failed.read_text() if failed.exists() else None
+
+    def left(self, runs: Sequence[Run]) -> list[Run]:
+        """Those that have neither got to their end nor failed, nor follow a failure in their series."""
+        failed = {run.series for run in runs if run.series and self.failure(run) is not None}
+        return [r for r in runs if not (self.done(r) or self.failure(r) is not None or r.series in failed)]
+
     def over(self) -> bool:
         """Whether nothing more is to be started."""
         return self.stop.is_set() or time.monotonic() >= self.ends
@@ -61,7 +76,7 @@ class Step:
         """Keep why it did not get to its end, and say so."""
         self.folder(run).mkdir(parents=True, exist_ok=True)
         (self.folder(run) / "failed.txt").write_text(reason + "\n")
-        say(f"{run.name}: {reason}")
+        say(f"{run.name}: {reason.splitlines()[0]}")
 
 
 def say(line: str) -> None:
@@ -71,19 +86,19 @@ def say(line: str) -> None:
 
 def do(step: Step, runs: Sequence[Run], lane: str) -> None:
     """Runs of the same GPUs, one after the other."""
-    left, launches = [run for run in runs if not step.done(run)], 0
-    while left and not step.over():
+    launches = 0
+    while (left := step.left(runs)) and not step.over():
         together = next(list(same) for _, same in groupby(left, key=lambda run: run.framework))
-        logs = step.out / "logs" / f"{step.name}-{lane}-{launches}"
+        logs = step.out / "logs" / f"{step.name}-{lane}-{time.strftime('%H%M%S')}-{launches}"
         launches += 1
         reason = start(step, together, logs)
-        ended = [run for run in together if step.done(run)]
-        left = [run for run in left if run not in ended]
-        if reason is None and ended:
+        pending = [run for run in together if not step.done(run)]
+        if not pending:
             continue
-        culprit = left[0]  # the ranks do them in this order
-        step.fail(culprit, reason or "the ranks ended before it began")
-        left = [r for r in left[1:] if r.series is None or r.series != culprit.series]
+        if step.over():
+            say(f"{pending[0].name}: cut, {reason}")
+        elif reason is not None or len(pending) == len(together):
+            step.fail(pending[0], reason or "the ranks ended before it began")  # they do them in this order
 
 
 def start(step: Step, runs: Sequence[Run], logs: Path) -> str | None:
@@ -115,7 +130,7 @@ def start(step: Step, runs: Sequence[Run], logs: Path) -> str | None:
     try:
         outcome = launch(
             RANKS,
-            [str(plan), gpus],
+            [str(plan), gpus, str(LEFT_BEHIND_LONGEST if step.name == "longest" else LEFT_BEHIND)],
             world=len(runs[0].gpus),
             device="cuda" if CUDA else "cpu",
             logs=logs,
@@ -128,26 +143,71 @@ def start(step: Step, runs: Sequence[Run], logs: Path) -> str | None:
 
 
 def explain(outcome: Outcome, logs: Path) -> str:
-    """The reason, and the last lines of the rank that gave it."""
-    ends = [log.read_text(errors="replace").splitlines()[-4:] for log in sorted(logs.glob("rank*.log"))]
+    """The reason: of all ranks' last lines one that speaks of memory, else those of the rank that failed."""
+    ends = [log.read_text(errors="replace").splitlines()[-60:] for log in sorted(logs.glob("rank*.log"))]
+    if lack := next((line for end in ends for line in reversed(end) if NO_MEMORY.search(line)), None):
+        return lack.strip()
+    ends = [end[-4:] for end in ends]
     lines = next((end for end in ends if any("Error" in line for line in end)), ends[0])
     return "\n  ".join([f"{outcome.status}: {outcome.reason}", *lines])
 
 
-def search(step: Step, runs: Sequence[Run]) -> None:
-    """The longest of each series: as far as it goes by doubling, then once half way to what failed."""
-    for series, found in groupby(runs, key=lambda run: run.series):
-        lengths = list(found)
+def search(step: Step, runs: Sequence[Run]) -> int:
+    """The longest of each series, given as its first guess; the next of the same unit is guessed to end where
+    the last one did. Returns how many series trained at some length."""
+    ended: dict[int, int] = {}
+    found = 0
+    for run in runs:
         if step.over():
-            return
-        do(step, lengths, str(series))
-        fit = [run for run in lengths if step.done(run)]
-        failed = [run for run in lengths if (step.folder(run) / "failed.txt").exists()]
-        if fit and failed:
-            half = of_length(fit[-1], (fit[-1].seqlen + failed[0].seqlen) // 2)
-            do(step, [half], f"{series}-half")
-            fit += [half] if step.done(half) else []
-        say(f"{series}: longest {fit[-1].seqlen if fit else None}")
+            break
+        if longest := climb(step, run, ended.get(run.unit, run.seqlen // run.unit)):
+            ended[run.unit] = longest
+            found += 1
+    return found
+
+
+def climb(step: Step, run: Run, guess: int) -> int:
+    """The longest length that fits, in units, 0 if none was trained: from a guess by strides that double,
+    until one length fits and a longer one does not, then by halves of what lies between.
+
+    The first launch is given the guess and the next length, so a guess that is right takes one. Only what
+    runs out of memory is too long; anything else stops the search.
+    """
+    fits, fails, stride, asked = 0, None, 1, [guess, guess + 1]
+    while asked and not step.over():
+        probes = [of_length(run, units) for units in asked]
+        do(step, probes, f"{run.series}-{asked[0]}")
+        for units, probe in zip(asked, probes, strict=True):
+            if step.done(probe):
+                fits = units
+                continue
+            reason = step.failure(probe) or "its time ended"
+            if NO_MEMORY.search(reason) is None:
+                say(f"{run.series}: {fits * run.unit} fit; stopped at {probe.seqlen}: {reason.strip()}")
+                return fits
+            fails = units
+            break
+        if fails is None:
+            asked = [fits + stride] if fits < 2 * guess else []
+        elif not fits:
+            asked = [max(1, fails - stride)] if fails > 1 else []
+        else:
+            asked = [(fits + fails) // 2] if fails - fits > 1 else []
+        stride *= 2
+    say(
+        f"{run.series}: {fits * run.unit} fit, "
+        + (f"{fails * run.unit} did not" if fails else "more not tried")
+    )
+    return fits
+
+
+def side_by_side(step: Step, runs: Sequence[Run]) -> None:
+    """First those of one GPU, on all GPUs at the same time, then those of several."""
+    single = {gpus: [r for r in runs if r.gpus == gpus] for gpus in {r.gpus for r in runs} if len(gpus) < 2}
+    with ThreadPoolExecutor() as pool:
+        for lane in [pool.submit(do, step, own, f"gpu{gpus[0]}") for gpus, own in single.items()]:
+            lane.result()
+    do(step, [run for run in runs if len(run.gpus) > 1], "all")
 
 
 def main() -> None:
@@ -159,22 +219,18 @@ def main() -> None:
     parser.add_argument("--patience", type=float, default=60.0, help="seconds of one run")
     parser.add_argument("--world", type=int, required=True)
     parser.add_argument("--kernels", required=True, help="ours first")
+    parser.add_argument("--only", default="", help="a regular expression that the names of runs match")
     args = parser.parse_args()
     step = Step(args.step, args.out.resolve(), time.monotonic() + args.seconds, args.patience)
     signal.signal(signal.SIGTERM, lambda *_: step.stop.set())
-    runs = list(STEPS[args.step](args.world, args.kernels.split(",")))
+    planned = STEPS[args.step](args.world, args.kernels.split(","))
+    runs = [run for run in planned if re.search(args.only, run.name)]
     if args.step == "longest":
-        search(step, runs)
+        ended = search(step, runs)
     else:
-        alone = {
-            gpus: [r for r in runs if r.gpus == gpus] for gpus in {r.gpus for r in runs} if len(gpus) < 2
-        }
-        with ThreadPoolExecutor() as side_by_side:
-            for lane in [side_by_side.submit(do, step, own, f"gpu{gpus[0]}") for gpus, own in alone.items()]:
-                lane.result()
-        do(step, [run for run in runs if len(run.gpus) > 1], "all")
-    ended = sum(step.done(run) for run in runs)
-    say(f"{args.step}: {ended} of {len(runs)} runs done")
+        side_by_side(step, runs)
+        ended = sum(step.done(run) for run in runs)
+    say(f"{args.step}: {ended} of {len(runs)} done")
     sys.exit(0 if ended else 1)
 
 

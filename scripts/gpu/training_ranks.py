@@ -1,11 +1,11 @@
 """One rank that does training runs one after the other, each exactly as its own command line would.
 
-    python scripts/gpu/training_ranks.py RUNS.json DEVICES        # with torchrun's variables, as a rank
+    python scripts/gpu/training_ranks.py RUNS.json DEVICES GIB      # with torchrun's variables, as a rank
 
 Starting Python, a framework and NCCL takes longer than many of the runs. The runs in the file are of one
 framework: [{"name": ..., "script": ..., "arguments": [...]}, ...]. DEVICES are the GPUs that the ranks share,
 "0,1"; on a CPU they mean nothing. A rank ends at the first failure, with its traceback last, and between two
-runs when the first ones have left too much memory behind: `training_cells.py` then starts anew with the rest.
+runs when more than GIB of a GPU are still held: `training_cells.py` then starts anew with the rest.
 """
 
 from __future__ import annotations
@@ -18,20 +18,19 @@ import os
 import sys
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-LEFT_BEHIND = 20  # GiB that finished runs may go on holding: mostly NCCL's buffers of their groups
-
 
 def main() -> None:
     """All runs of the file."""
-    runs, devices = json.loads(Path(sys.argv[1]).read_text()), sys.argv[2]
+    runs, devices, most = json.loads(Path(sys.argv[1]).read_text()), sys.argv[2], float(sys.argv[3])
     if os.environ.get("CUDA_VISIBLE_DEVICES") != "":  # empty: the GPUs are hidden from a rehearsal
         os.environ["CUDA_VISIBLE_DEVICES"] = devices
     module = load(Path(runs[0]["script"]))
-    keep_first_values()
+    prepare_quickly(module)
     for run in runs:
         began = time.monotonic()
         sys.argv = [run["script"], *run["arguments"]]
@@ -40,7 +39,7 @@ def main() -> None:
         module.loop.run(trainer, job)
         leave(module, trainer)
         del trainer, job
-        if crowded():
+        if held() > most:
             break
     module.collectives.leave()
 
@@ -56,15 +55,41 @@ def load(script: Path) -> ModuleType:
     return module
 
 
-def keep_first_values() -> None:
-    """Draw the first values of a model once for all its runs, and not the values that they replace."""
-    from torch import nn
+def prepare_quickly(module: ModuleType) -> None:
+    """Draw the first values of a model once for all its runs, all parameters at a time, and not the values
+    that they replace; make it where it is trained. What is drawn stays the same."""
+    import torch
+    from torch import Tensor, nn
 
     from lcab_plugin.training.gpt import GPTConfig
 
-    GPTConfig.initial = functools.cache(GPTConfig.initial)  # type: ignore[method-assign]
+    draw, cuda = GPTConfig.initial, torch.cuda.is_available()
+    rank = int(os.environ["LOCAL_RANK"])  # a thread that names no device would occupy the first one as well
+    workers: dict[str, Any] = {"initializer": torch.cuda.set_device, "initargs": (rank,)} if cuda else {}
+
+    def kept(value: Tensor) -> Tensor:
+        return value.pin_memory() if cuda else value
+
+    @functools.cache
+    def first_values(config: GPTConfig, seed: int) -> dict[str, Tensor]:
+        names = list(config.shapes())
+        with ThreadPoolExecutor(**workers) as pool:
+            return dict(zip(names, pool.map(lambda name: kept(draw(config, name, seed)), names), strict=True))
+
+    GPTConfig.initial = lambda self, name, seed: first_values(self, seed)[name]  # type: ignore[method-assign]
     for layer in (nn.Linear, nn.Embedding):
         layer.reset_parameters = lambda self: None  # type: ignore[method-assign]
+    if hasattr(module, "gpt_in_megatron"):  # Megatron makes its model on the GPU by itself
+        convert = module.gpt_in_megatron.to_megatron
+        vars(module.gpt_in_megatron)["to_megatron"] = functools.cache(lambda *what: kept(convert(*what)))
+    elif cuda:
+        make, device = module.GPT, torch.device("cuda", rank)
+
+        def made(*arguments: object) -> nn.Module:
+            with device:
+                return make(*arguments)
+
+        vars(module)["GPT"] = made
 
 
 def leave(module: ModuleType, trainer: Any) -> None:
@@ -83,19 +108,18 @@ def leave(module: ModuleType, trainer: Any) -> None:
         torch.cuda.empty_cache()
 
 
-def crowded() -> bool:
-    """Whether the runs so far have left too much of any rank's GPU occupied."""
+def held() -> float:
+    """GiB of the fullest rank's GPU that the runs so far still occupy."""
     import torch
 
     from lcab_plugin.context_parallel import collectives
 
     if not torch.cuda.is_available():
-        return False
+        return 0.0
     free, total = torch.cuda.mem_get_info()
-    held = torch.tensor([(total - free) / 2**30], device="cuda")
-    most = float(collectives.all_reduce_max(held))
+    most = float(collectives.all_reduce_max(torch.tensor([(total - free) / 2**30], device="cuda")))
     print(f"{most:.1f} GiB held between two runs", flush=True)
-    return most > LEFT_BEHIND
+    return most
 
 
 if __name__ == "__main__":

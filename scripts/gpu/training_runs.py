@@ -5,8 +5,10 @@ Without a GPU the same runs train preset tiny on short sequences for three steps
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -15,15 +17,20 @@ import torch
 CUDA = torch.cuda.is_available()
 BASELINE = "sdpa_flash"
 EXACT = "sdpa_efficient" if CUDA else "sdpa_flash"  # PyTorch's fused kernel that takes float32
+NO_DOCUMENTS = ("sdpa_cudnn",)  # builds a plan for every length of a document that it meets: minutes
+NO_MEMORY = re.compile("out of memory|ALLOC_FAILED", re.IGNORECASE)  # of torch, Triton, NCCL; of cuBLAS
 SHORTER = 64  # a rehearsal's sequences are so many times shorter
 SCRIPTS = {"deepspeed": "examples/train_gpt.py", "megatron": "examples/train_gpt_megatron.py"}
 RECOMPUTE = {"deepspeed": ("--activation-checkpointing",), "megatron": ("--recompute", "full")}
-MASKS = ("causal", "causal_document")
+DOCUMENTS = "causal_document"
+MASKS = (DOCUMENTS, "causal")
+STRATEGIES = ("ulysses", "ring_p2p", "group_cast", "ring_all_gather")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run, of ``framework``, on ``gpus``. A failure ends its ``series``: ascending lengths."""
+    """One training run, of ``framework``, on ``gpus``. Runs of one ``series`` differ by multiples of ``unit``
+    tokens; what does not fit at one length is not tried at longer ones."""
 
     name: str
     framework: str
@@ -31,6 +38,7 @@ class Run:
     gpus: tuple[int, ...]
     series: str | None = None
     seqlen: int = 0
+    unit: int = 0
 
 
 def training(
@@ -39,8 +47,8 @@ def training(
     framework: str = "deepspeed",
     *,
     zero: int = 1,
-    series: str | None = None,
     recompute: bool = False,
+    more: Sequence[str] = (),
     **flags: Any,
 ) -> Run:
     """A run by the flags of its script. ``zero``: DeepSpeed's stage; under Megatron 1 is its distributed
@@ -49,21 +57,26 @@ def training(
     if not CUDA:
         given |= {"preset": "tiny", "seqlen": given["seqlen"] // SHORTER, "dtype": "fp32"}
         given["steps"] = min(given["steps"], 3)
-    strategy, more = given["strategy"], list(RECOMPUTE[framework] if recompute else ())
+    strategy, last = given["strategy"], [*(RECOMPUTE[framework] if recompute else ()), *more]
     if framework == "deepspeed":
-        more += ["--deepspeed_config", f"examples/configs/zero{zero}.json"]
+        last += ["--deepspeed_config", f"examples/configs/zero{zero}.json"]
         if strategy != "none":
-            more += ["--layout", "balanced" if strategy == "group_cast" else "zigzag"]
+            last += ["--layout", "balanced" if strategy == "group_cast" else "zigzag"]
     elif zero:
-        more += ["--distributed-optimizer"]
+        last += ["--distributed-optimizer"]
     pairs = ((f"--{key.replace('_', '-')}", str(value)) for key, value in given.items())
-    arguments = (*(part for pair in pairs for part in pair), *more)
-    return Run(name, framework, arguments, tuple(gpus), series, given["seqlen"])
+    arguments = (*(part for pair in pairs for part in pair), *last)
+    return Run(name, framework, arguments, tuple(gpus), seqlen=given["seqlen"])
+
+
+def masks_of(kernel: str) -> Sequence[str]:
+    """The masks that it is trained with."""
+    return MASKS[1:] if kernel in NO_DOCUMENTS else MASKS
 
 
 def smoke(world: int, kernels: Sequence[str]) -> Iterator[Run]:
     """Five steps of each framework, so that what cannot run says so first."""
-    shape: dict[str, Any] = {"preset": "125m", "seqlen": 8192, "steps": 5, "mask": "causal_document"}
+    shape: dict[str, Any] = {"preset": "125m", "seqlen": 8192, "steps": 5, "mask": DOCUMENTS}
     cells = [*zip(kernels[:2], ("ring_p2p", "ulysses"), strict=False)]
     for framework in SCRIPTS:
         for kernel, strategy in cells:
@@ -75,23 +88,25 @@ def smoke(world: int, kernels: Sequence[str]) -> Iterator[Run]:
 
 def parity(world: int, kernels: Sequence[str]) -> Iterator[Run]:
     """Fifty steps over the same data, compared by `training_table.py`: first on one GPU each, side by side,
-    the baseline and its float32 twin on the first."""
-    shape: dict[str, Any] = {
-        **{"preset": "125m", "seqlen": 8192, "steps": 50},
-        **{"mask": "causal_document", "loss_mask": "uneven", "doc_lengths": "pile"},
-    }
+    the baseline of every mask and its float32 twin on the first."""
+    shape: dict[str, Any] = {"preset": "125m", "seqlen": 8192, "steps": 50, "strategy": "none"}
+    shape |= {"mask": DOCUMENTS, "loss_mask": "uneven", "doc_lengths": "pile"}
     ours = kernels[0]
-    yield training("parity-baseline", [0], kernel=BASELINE, strategy="none", **shape)
-    exact: dict[str, Any] = {**shape, "dtype": "fp32"}
-    yield training("parity-baseline-fp32", [0], kernel=EXACT, strategy="none", **exact)
-    alone: dict[str, Any] = {"kernel": ours, "strategy": "none"}
-    yield training(f"parity-deepspeed-{ours}-none", [1], **alone, **shape)
-    yield training(f"parity-megatron-{ours}-none", [1], "megatron", zero=0, **alone, **shape)
-    cells = [("deepspeed", ours, s, 1) for s in ("ulysses", "ring_p2p", "group_cast", "ring_all_gather")]
+    for mask in MASKS if set(kernels) & set(NO_DOCUMENTS) else MASKS[:1]:
+        same = {**shape, "mask": mask}
+        yield training(f"parity-baseline-{mask}", [0], **same, kernel=BASELINE)
+        exact = {**same, "dtype": "fp32", "kernel": EXACT}
+        yield training(f"parity-baseline-{mask}-fp32", [0], **exact)
+    for kernel in kernels:
+        if kernel != BASELINE:
+            same = {**shape, "kernel": kernel, "mask": masks_of(kernel)[0]}
+            yield training(f"parity-deepspeed-{kernel}-none", [1], **same)
+    yield training(f"parity-megatron-{ours}-none", [1], "megatron", zero=0, **shape, kernel=ours)
+    cells = [("megatron", ours, "ulysses", 1), ("megatron", ours, "ring_p2p", 0)]
+    cells += [("deepspeed", ours, strategy, 1) for strategy in STRATEGIES]
     cells += [("deepspeed", ours, "ring_p2p", 3)]
-    cells += [("deepspeed", kernel, s, 1) for kernel in kernels[1:] for s in ("ulysses", "ring_p2p")]
+    cells += [("deepspeed", BASELINE, s, 1) for s in ("ulysses", "ring_p2p") if ours != BASELINE]
     cells += [("deepspeed", ours, s, 1) for s in ("usp", "loongtrain") if world > 2]
-    cells += [("megatron", ours, "ring_p2p", 0), ("megatron", ours, "ulysses", 1)]
     for framework, kernel, strategy, zero in cells:
         degrees = {"usp": {"ulysses": 2}, "loongtrain": {"ulysses": 2, "inner_ring": 2}}.get(strategy, {})
         name = f"parity-{framework}-{kernel}-{strategy}-zero{zero}"
@@ -99,51 +114,85 @@ def parity(world: int, kernels: Sequence[str]) -> Iterator[Run]:
         yield training(name, range(world), framework, zero=zero, **flags)
 
 
+def step_times(
+    gpus: Sequence[int],
+    seqlen: int,
+    masks: Sequence[str],
+    cells: Sequence[tuple[str, str]],
+    framework: str = "deepspeed",
+    *,
+    zero: int = 1,
+    more: Sequence[str] = (),
+) -> Iterator[Run]:
+    """One sequence a step of preset 1b, for fewer steps the longer they are; ``cells``: kernel and strategy.
+    Activations of 128K tokens fit only if they are recomputed."""
+    recompute = seqlen > 32768
+    for mask, (kernel, strategy) in product(masks, cells):
+        if mask not in masks_of(kernel):
+            continue
+        parts = [framework, "1b", seqlen, mask, kernel, strategy, *(["recompute"] if recompute else ())]
+        parts += [*([f"zero{zero}"] if zero != 1 else ()), *(flag.strip("-") for flag in more)]
+        shape: dict[str, Any] = {"preset": "1b", "seqlen": seqlen, "kernel": kernel, "strategy": strategy}
+        shape |= {"mask": mask, "doc_lengths": "pile"}
+        shape["steps"] = {8192: 8, 32768: 6}.get(seqlen, 4 if mask == DOCUMENTS else 3)
+        same: dict[str, Any] = {"zero": zero, "recompute": recompute, "more": more}
+        yield training("-".join(map(str, ["speed", *parts])), gpus, framework, **same, **shape)
+
+
 def speed(world: int, kernels: Sequence[str]) -> Iterator[Run]:
-    """Step times by length, mask, kernel and strategy; one sequence a step."""
-    ours = [(kernels[0], s) for s in ("ulysses", "ring_p2p", "group_cast", "ring_all_gather")]
-    cells = ours[:3] + [(kernel, s) for kernel in kernels[1:] for s in ("ulysses", "ring_p2p")]
-    groups: list[tuple[str, str, int, Sequence[tuple[str, str]], Sequence[str], bool]] = [
-        ("deepspeed", "1b", 32768, [*cells, ours[3]], MASKS, False),
-        ("deepspeed", "1b", 8192, [*cells, (kernels[0], "none")], MASKS, False),
-        ("deepspeed", "1b", 131072, ours[:3], MASKS[1:], True),
-        ("deepspeed", "125m", 131072, cells, MASKS, False),
-        ("deepspeed", "1b", 131072, ours[:3], MASKS[:1], True),
-        ("megatron", "1b", 32768, ours[:2], MASKS, False),
-        ("megatron", "1b", 8192, ours[:2], MASKS[:1], False),
-        ("deepspeed", "125m", 32768, cells, MASKS, False),
-        ("deepspeed", "125m", 8192, cells, MASKS[:1], False),
-        ("megatron", "1b", 131072, ours[:2], MASKS[1:], True),
-    ]
-    for framework, preset, seqlen, combinations, masks, recompute in groups:
-        for mask, (kernel, strategy) in product(masks, combinations):
-            tail = "-recompute" if recompute else ""
-            name = f"speed-{framework}-{preset}-{seqlen}-{mask}-{kernel}-{strategy}{tail}"
-            shape: dict[str, Any] = {
-                **{"preset": preset, "seqlen": seqlen, "steps": 8 if seqlen < 131072 else 4},
-                **{"kernel": kernel, "strategy": strategy, "mask": mask, "doc_lengths": "pile"},
-                "global_batch": world if strategy == "none" else 1,
-            }
-            yield training(name, range(world), framework, recompute=recompute, **shape)
+    """Step times by length, mask, kernel and strategy, beside one GPU alone: first what is sure to run, then
+    the kernels that may fail or compile for long, then Megatron."""
+    ours, others, group = kernels[0], kernels[1:], range(world)
+    every, both = [(ours, s) for s in STRATEGIES], [(ours, s) for s in STRATEGIES[:2]]
+    ulysses = [(kernel, "ulysses") for kernel in others]
+    compiled = [(kernel, strategy) for kernel, strategy in ulysses if kernel in ("flex", "fa4")]
+    quick = [cell for cell in ulysses if cell not in compiled]
+    for gpu, kernel in enumerate(kernels[:2]):
+        for seqlen in (32768, 8192):
+            yield from step_times([gpu], seqlen, MASKS, [(kernel, "none")])
+    yield from step_times(group, 131072, MASKS[:1], every)
+    yield from step_times(group, 32768, MASKS, every)
+    yield from step_times(group, 8192, MASKS, every)
+    yield from step_times(group, 32768, MASKS[:1], [(ours, "ring_p2p")], zero=3)
+    yield from step_times(group, 131072, MASKS[1:], both)
+    yield from step_times(group, 32768, MASKS, [*quick, *((kernel, "ring_p2p") for kernel in others[:1])])
+    yield from step_times(group, 8192, MASKS, quick)
+    yield from step_times(group, 32768, MASKS, compiled)
+    yield from step_times(group, 131072, MASKS[1:], every[2:])
+    megatron = partial(step_times, group, framework="megatron")
+    yield from megatron(32768, MASKS, every)
+    yield from megatron(8192, MASKS[:1], every)
+    yield from megatron(131072, MASKS[:1], every)
+    yield from megatron(131072, MASKS[1:], both)
+    yield from megatron(8192, MASKS[1:], every)
+    yield from step_times(group, 131072, MASKS[1:], both[1:], more=["--keep-attention"])
+    yield from step_times(group, 131072, MASKS[1:], quick)
+    yield from step_times(group, 8192, MASKS, compiled)
+    yield from step_times(group, 131072, MASKS[1:], compiled)
 
 
 def longest(world: int, kernels: Sequence[str]) -> Iterator[Run]:
-    """Each series doubles from a length that should fit. Two steps: the optimizer has its state in the
-    second. Documents keep steps short; what has to be held hardly depends on the mask."""
-    for strategy, recompute in product(("ring_p2p", "ulysses", "group_cast"), (True, False)):
+    """The first guess of each series, of preset 1b with ZeRO 1. Two steps: the optimizer has its state in the
+    second. Documents keep steps short; what has to be held hardly depends on the mask.
+
+    The guess is for two GPUs of 80 GiB. States, gradients, NCCL and CUDA take 11 GiB; a token of a rank then
+    takes 1.49 MB where nothing is recomputed (measured at 32,768 tokens) and about 0.2 MB where blocks are:
+    4 KiB for the input of each of 16 blocks, and what one block holds in its backward pass.
+    """
+    cells = [*product(("ring_p2p", "ulysses"), (True, False)), *product(STRATEGIES[2:], (False,))]
+    for strategy, recompute in [*cells, *product(STRATEGIES[2:], (True,))]:
         series = f"longest-1b-{kernels[0]}-{strategy}{'-recompute' if recompute else ''}"
-        shape: dict[str, Any] = {
-            **{"preset": "1b", "seqlen": (2**17 if recompute else 2**14) * world, "steps": 2},
-            **{"kernel": kernels[0], "strategy": strategy, "mask": "causal_document"},
-        }
-        first = training(series, range(world), series=series, recompute=recompute, **shape)
-        for doubling in range(4):
-            yield of_length(first, first.seqlen * 2**doubling)
+        units, unit = (10, 2**15 * world) if recompute else (11, 2**12 * world)
+        unit //= 1 if CUDA else 4
+        shape: dict[str, Any] = {"preset": "1b", "seqlen": units * unit, "steps": 2, "mask": DOCUMENTS}
+        shape |= {"kernel": kernels[0], "strategy": strategy, "doc_lengths": "prolong64k"}
+        run = training(series, range(world), recompute=recompute, **shape)
+        yield replace(run, series=series, unit=run.seqlen // units)
 
 
-def of_length(run: Run, seqlen: int) -> Run:
+def of_length(run: Run, units: int) -> Run:
     """Another of its series."""
-    arguments = list(run.arguments)
+    seqlen, arguments = units * run.unit, list(run.arguments)
     arguments[arguments.index("--seqlen") + 1] = str(seqlen)
     return replace(run, name=f"{run.series}-{seqlen}", arguments=tuple(arguments), seqlen=seqlen)
 

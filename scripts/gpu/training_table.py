@@ -2,8 +2,9 @@
 
     python scripts/gpu/training_table.py OUT          # prints it; writes OUT/table.md and OUT/table.json
 
-A run is compared with OUT/parity-baseline by the rules of `lcab parity`: the same tokens, losses, gradient
-norms and step-0 gradients; in bf16 within twice what the baseline differs by from OUT/parity-baseline-fp32.
+A run is compared with the baseline of its mask, OUT/parity-baseline-MASK, by the rules of `lcab parity`: the
+same tokens, losses, gradient norms and step-0 gradients; in bf16 within twice what the baseline differs by
+from its float32 twin. Times are medians of the steps after the first two.
 """
 
 from __future__ import annotations
@@ -16,17 +17,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from training_runs import NO_MEMORY
 
 from lcab_plugin.bench import compare
 from lcab_plugin.training import records
 from lcab_plugin.training.loop import WARM_UP
 
-BASELINE, EXACT = "parity-baseline", "parity-baseline-fp32"
-COLUMNS = (
-    *("run", "framework", "kernel", "strategy", "layout", "mask", "cp", "zero", "seqlen"),
-    *("step ms", "tokens/s", "MFU", "peak GiB", "last loss"),
-    *("loss dev", "norm dev", "gradient dev", "verdict"),
-)
+# The tables: a title, the columns, and what each shows of a row.
+WHAT = {"framework": "framework", "kernel": "kernel", "strategy": "strategy", "layout": "layout"}
+PARITY = {"mask": "mask", **WHAT, "GPUs": "world", "ZeRO": "zero", "step ms": "step_ms"}
+PARITY |= {"peak GiB": "peak_gib", "last loss": "last_loss", "loss, first 10 steps": "loss"}
+PARITY |= {"loss, later": "loss_later", "gradient norm": "norms", "step-0 gradients": "gradient"}
+PARITY |= {"verdict": "verdict"}
+TIMES = {"step ms": "step_ms", "tokens/s": "tokens_per_s", "MFU": "mfu", "peak GiB": "peak_gib"}
+SPEED = {"mask": "mask", **WHAT, "GPUs": "world", "ZeRO": "zero", "recomputed": "recomputed"}
+SPEED |= {"timed": "timed", **TIMES}
+LONGEST = {**WHAT, "GPUs": "world", "ZeRO": "zero", "recomputed": "recomputed", "longest": "seqlen"}
+LONGEST |= {"too long": "too_long", **TIMES}
+FORMS = {"step_ms": ".0f", "tokens_per_s": ",.0f", "mfu": ".1%", "peak_gib": ".1f", "last_loss": ".4f"}
+FORMS |= dict.fromkeys(("loss", "loss_later", "norms", "gradient"), ".1e")
+FORMS |= dict.fromkeys(("seqlen", "too_long"), ",d")
 
 
 def trace(folder: Path) -> compare.Trace:
@@ -37,20 +47,22 @@ def trace(folder: Path) -> compare.Trace:
 
 
 class Parity:
-    """The baseline of the folder and the budget that it gives."""
+    """The baseline of a mask in the folder, and the budget that it gives."""
 
-    def __init__(self, out: Path) -> None:
-        self.baseline = trace(out / BASELINE) if (out / BASELINE / "metrics.jsonl").exists() else None
+    def __init__(self, out: Path, mask: str) -> None:
+        self.name = f"parity-baseline-{mask}"
+        first, exact = (out / name / "metrics.jsonl" for name in (self.name, f"{self.name}-fp32"))
+        self.baseline = trace(first.parent) if first.exists() else None
         self.budget: compare.Budget | None = None
         if self.baseline is None:
             return
-        first = records.read(out / BASELINE / "metrics.jsonl")[0]
-        if first["dtype"] == "fp32":
+        facts = records.read(first)[0]
+        if facts["dtype"] == "fp32":
             self.budget = compare.FP32
-        elif (out / EXACT / "metrics.jsonl").exists():
-            exact = trace(out / EXACT)
-            if not compare.different_runs(self.baseline, exact, first["steps"]):
-                self.budget = compare.twice(compare.deviations(self.baseline, exact))
+        elif exact.exists():
+            twin = trace(exact.parent)
+            if not compare.different_runs(self.baseline, twin, facts["steps"]):
+                self.budget = compare.twice(compare.deviations(self.baseline, twin))
 
     def judge(self, folder: Path, steps: int) -> dict[str, Any]:
         """Deviations, verdict and problems of a run, kept beside its records: gradients are large."""
@@ -70,22 +82,32 @@ class Parity:
         if problems := compare.different_runs(self.baseline, run, steps):
             return {"verdict": "not comparable", "problems": problems}
         found = compare.deviations(self.baseline, run)
-        if folder.name in (BASELINE, EXACT):
-            return {**asdict(found), "verdict": folder.name.removeprefix("parity-")}
+        if folder.name.startswith(self.name):
+            exact = folder.name.endswith("-fp32")
+            return {**asdict(found), "verdict": "baseline in fp32" if exact else "baseline"}
         if self.budget is None:
             return {**asdict(found), "verdict": "no budget"}
         problems = compare.over_budget(found, self.budget)
         return {**asdict(found), "verdict": "fail" if problems else "pass", "problems": problems}
 
 
-def row(folder: Path, parity: Parity) -> dict[str, Any]:
+def recomputed(run: dict[str, Any]) -> str | None:
+    """What of a block is computed once more in the backward pass."""
+    if not {"--activation-checkpointing", "--recompute"} & set(run["command"]):
+        return None
+    return "all but attention" if "--keep-attention" in run["command"] else "all"
+
+
+def row(out: Path, folder: Path, parities: dict[str, Parity]) -> dict[str, Any]:
     """One run: what it was, what it took, how it compares."""
     failed, metrics = folder / "failed.txt", folder / "metrics.jsonl"
     found: dict[str, Any] = {"run": folder.name}
-    if failed.exists():
-        found |= {"verdict": "did not end", "problems": [" ".join(failed.read_text().split("\n")[:1])]}
     lines = records.read(metrics) if metrics.exists() else []
     steps = records.steps(lines)
+    if failed.exists():
+        found |= {"verdict": "did not end", "problems": [failed.read_text().split("\n")[0]]}
+    elif not lines or lines[-1]["type"] != "end":
+        found |= {"verdict": "did not end", "problems": [f"its time ended after {len(steps)} steps"]}
     if not steps:
         return found
     run, attention = lines[0], lines[0]["attention"]
@@ -93,54 +115,89 @@ def row(folder: Path, parity: Parity) -> dict[str, Any]:
     step_ms = statistics.median(step["step_ms"] for step in warm)
     shares = [step["mfu"] for step in warm if step["mfu"] is not None]
     found |= {key: attention[key] for key in ("kernel", "strategy", "mask")}
-    found |= {key: run.get(key) for key in ("framework", "cp", "dp", "dtype", "seqlen", "steps", "device")}
+    found |= {key: run.get(key) for key in ("framework", "world", "cp", "dtype", "seqlen", "steps", "device")}
     found |= {
         "layout": attention["layout"] if run["cp"] > 1 else None,
         "zero": run.get("zero_stage"),
+        "recomputed": recomputed(run),
+        "timed": len(warm),
         "step_ms": step_ms,
         "tokens_per_s": warm[-1]["tokens"] / step_ms * 1e3,
         "mfu": statistics.median(shares) if shares else None,
         "peak_gib": max(step["peak_memory_gib"] for step in steps),
         "last_loss": steps[-1]["loss"],
     }
-    if folder.name.startswith("parity-") and not failed.exists():
-        found |= parity.judge(folder, run["steps"])
+    if folder.name.startswith("parity-") and "verdict" not in found:
+        if (mask := attention["mask"]) not in parities:
+            parities[mask] = Parity(out, mask)
+        found |= parities[mask].judge(folder, run["steps"])
+        if "grad_norm" in found:
+            found["norms"] = max(found["grad_norm"], found["grad_norm_later"])
     return found
 
 
-def cells(found: dict[str, Any]) -> list[str]:
-    """A row of the printed table."""
+def longest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each series of lengths its longest run that ended, with the shortest that lacked memory."""
+    series: dict[str, list[dict[str, Any]]] = {}
+    for found in rows:
+        series.setdefault(found["run"].rpartition("-")[0], []).append(found)
+    best = []
+    for name, own in series.items():
+        ended = [found for found in own if "verdict" not in found]
+        lacking = [r for r in own if any(map(NO_MEMORY.search, r.get("problems", ())))]
+        tried = [int(found["run"].rpartition("-")[2]) for found in lacking]
+        last = max(ended, key=lambda found: found["seqlen"], default={"run": name})
+        best.append(last | {"too_long": min(tried, default=None)})
+    return best
 
-    def shown(key: str, form: str) -> str:
-        value = found.get(key)
-        return "-" if value is None else format(value, form)
 
-    def larger(key: str) -> str:
-        return f"{max(found[key], found[f'{key}_later']):.1e}" if key in found else "-"
+def table(title: str, columns: dict[str, str], rows: list[dict[str, Any]]) -> list[str]:
+    """Rows under a title; nothing where there are none."""
 
-    return [
-        *(shown(key, "") for key in ("run", "framework", "kernel", "strategy", "layout", "mask")),
-        *(shown(key, "") for key in ("cp", "zero", "seqlen")),
-        *(shown("step_ms", ".0f"), shown("tokens_per_s", ",.0f"), shown("mfu", ".1%")),
-        *(shown("peak_gib", ".1f"), shown("last_loss", ".4f"), larger("loss"), larger("grad_norm")),
-        *(shown("gradient", ".1e"), found.get("verdict", "-")),
+    def shown(key: str, value: Any) -> str:
+        text = "-" if value is None else format(value, FORMS.get(key, ""))
+        return f"`{text}`" if key in ("kernel", "mask") and value else text
+
+    if not rows:
+        return []
+    right = [
+        "---:" if key in FORMS or key in ("world", "zero", "timed") else "---" for key in columns.values()
     ]
+    cells = [[shown(key, found.get(key)) for key in columns.values()] for found in rows]
+    lines = ["| " + " | ".join(line) + " |" for line in (list(columns), right, *cells)]
+    return [f"### {title}", "", *lines, ""]
+
+
+def tables(rows: list[dict[str, Any]]) -> list[str]:
+    """All of them: parity, speed by length, the longest sequences, and what did not end."""
+    of = {
+        kind: [r for r in rows if r["run"].startswith(f"{kind}-")] for kind in ("parity", "speed", "longest")
+    }
+    lines = table("Parity", PARITY, [found for found in of["parity"] if "step_ms" in found])
+    timed = [found for found in of["speed"] if "step_ms" in found]
+    timed.sort(key=lambda r: (r["seqlen"], r["mask"], r["world"], r["framework"], r["kernel"] != "triton"))
+    for seqlen in sorted({found["seqlen"] for found in timed}):
+        lines += table(f"{seqlen:,} tokens", SPEED, [found for found in timed if found["seqlen"] == seqlen])
+    lines += table("Longest sequence", LONGEST, longest(of["longest"]))
+    lines += [
+        f"- `{found['run']}`: {'; '.join(found['problems'])}" for found in rows if found.get("problems")
+    ]
+    return lines
 
 
 def main() -> None:
-    """The table of a folder."""
+    """The tables of a folder."""
     out = Path(sys.argv[1])
     files = [path for name in ("failed.txt", "metrics.jsonl") for path in out.glob(f"*/{name}")]
     ended = {path.parent: path.stat().st_mtime for path in files}
-    parity = Parity(out)
-    rows = [row(folder, parity) for folder in sorted(ended, key=ended.__getitem__)]
-    lines = ["| " + " | ".join(line) + " |" for line in (COLUMNS, ["---"] * len(COLUMNS), *map(cells, rows))]
-    if parity.budget is not None:
-        lines += ["", f"{parity.budget}."]
-    lines += ["", *(f"- {r['run']}: {'; '.join(r['problems'])}" for r in rows if r.get("problems"))]
+    parities: dict[str, Parity] = {}
+    rows = [row(out, folder, parities) for folder in sorted(ended, key=ended.__getitem__)]
+    lines = tables(rows)
+    budgets = {mask: parity.budget for mask, parity in parities.items() if parity.budget is not None}
+    lines += [f"- `{mask}`: {budget}." for mask, budget in budgets.items()]
     (out / "table.md").write_text("\n".join(lines) + "\n")
-    budget = None if parity.budget is None else asdict(parity.budget)
-    (out / "table.json").write_text(json.dumps({"budget": budget, "rows": rows}, indent=1) + "\n")
+    kept = {mask: asdict(budget) for mask, budget in budgets.items()}
+    (out / "table.json").write_text(json.dumps({"budgets": kept, "rows": rows}, indent=1) + "\n")
     print("\n".join(lines))
 
 

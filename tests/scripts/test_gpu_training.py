@@ -26,7 +26,9 @@ for run in json.loads(pathlib.Path(sys.argv[1]).read_text()):
     folder = pathlib.Path(arguments[arguments.index("--out") + 1], run["name"])
     folder.mkdir(parents=True, exist_ok=True)
     if length > MOST:
-        raise MemoryError(f"Error: {length} tokens do not fit")
+        raise MemoryError(f"CUDA out of memory: {length} tokens do not fit")
+    if length == BROKEN:
+        raise RuntimeError("an illegal instruction")
     time.sleep(30 if length == SLOW else 0)
     (folder / "metrics.jsonl").write_text(json.dumps({"type": "end"}) + "\\n")
 """
@@ -41,17 +43,18 @@ def cells(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     return module
 
 
-def ranks(tmp_path: Path, most: int, slow: int = -1) -> None:
-    (tmp_path / "ranks.py").write_text(RANKS.replace("MOST", str(most)).replace("SLOW", str(slow)))
+def ranks(tmp_path: Path, most: int, slow: int = -1, broken: int = -1) -> None:
+    text = RANKS.replace("MOST", str(most)).replace("SLOW", str(slow)).replace("BROKEN", str(broken))
+    (tmp_path / "ranks.py").write_text(text)
 
 
 def step(cells: ModuleType, tmp_path: Path, patience: float = 30.0, seconds: float = 30.0):
     return cells.Step("speed", tmp_path, time.monotonic() + seconds, patience)
 
 
-def run(cells: ModuleType, name: str, seqlen: int, series: str | None = None):
+def run(cells: ModuleType, name: str, seqlen: int, series: str | None = None, unit: int = 0):
     arguments = ("--seqlen", str(seqlen))
-    return cells.Run(name, "deepspeed", arguments, (0,), series, seqlen)
+    return cells.Run(name, "deepspeed", arguments, (0,), series, seqlen, unit)
 
 
 def test_a_run_that_fails_is_left_out_with_its_reason_and_the_rest_goes_on(cells, tmp_path):
@@ -73,6 +76,31 @@ def test_runs_that_are_there_are_not_done_again(cells, tmp_path):
     assert not (tmp_path / "a" / "failed.txt").exists()
 
 
+def test_a_run_that_failed_is_not_tried_again_until_its_reason_is_removed(cells, tmp_path):
+    ranks(tmp_path, most=0)
+    mine, runs = step(cells, tmp_path), [run(cells, "a", 1)]
+    cells.do(mine, runs, "all")
+    ranks(tmp_path, most=10)
+    cells.do(mine, runs, "all")
+    assert not mine.done(runs[0])
+    (tmp_path / "a" / "failed.txt").unlink()
+    cells.do(mine, runs, "all")
+    assert mine.done(runs[0])
+
+
+def test_what_the_end_of_the_time_cut_is_done_when_the_step_goes_on(cells, tmp_path):
+    ranks(tmp_path, most=10, slow=3)
+    runs = [run(cells, "a", 1), run(cells, "b", 3)]
+    mine = step(cells, tmp_path, seconds=1.5)
+    cells.do(mine, runs, "all")
+    assert [mine.done(r) for r in runs] == [True, False]
+    assert not (tmp_path / "b" / "failed.txt").exists()
+    ranks(tmp_path, most=10)
+    again = step(cells, tmp_path)
+    cells.do(again, runs, "all")
+    assert again.done(runs[1])
+
+
 def test_a_run_that_takes_too_long_is_stopped(cells, tmp_path):
     ranks(tmp_path, most=10, slow=3)
     runs = [run(cells, "a", 3), run(cells, "b", 1)]
@@ -89,15 +117,83 @@ def test_nothing_starts_when_the_time_is_over(cells, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-def test_the_longest_is_found_by_doubling_and_then_half_way(cells, tmp_path, capsys):
-    ranks(tmp_path, most=13)
-    runs = [run(cells, f"s-{n}", n, "s") for n in (4, 8, 16, 32)]
-    mine = step(cells, tmp_path)
-    cells.search(mine, runs)
-    assert [mine.done(r) for r in runs] == [True, True, False, False]
-    assert (tmp_path / "s-12" / "metrics.jsonl").exists()
-    assert not (tmp_path / "s-32").exists()
-    assert "s: longest 12" in capsys.readouterr().out
+def lengths(tmp_path: Path, name: str) -> tuple[list[int], list[int]]:
+    """Those that were trained, and those that were too long."""
+    found: list[list[int]] = [[], []]
+    for folder in tmp_path.glob(f"{name}-*"):
+        found[(folder / "failed.txt").exists()].append(int(folder.name.rpartition("-")[2]))
+    return sorted(found[0]), sorted(found[1])
+
+
+@pytest.mark.parametrize(
+    ("most", "trained", "too_long"),
+    [
+        (45, [40], [50]),  # the guess is right: one launch that ends at the next length
+        (200, [40, 50, 60, 80], []),  # twice the guess is enough
+        (72, [40, 50, 60, 70], [80]),  # upwards by doubled strides, then between
+        (33, [30], [40]),  # downwards
+        (14, [10], [20, 30, 40]),  # by doubled strides: 30, 10, then between
+        (5, [], [10, 30, 40]),
+    ],
+)
+def test_the_longest_is_found_by_doubled_strides_and_then_by_halves(
+    cells, tmp_path, capsys, most, trained, too_long
+):
+    ranks(tmp_path, most=most)
+    series = run(cells, "s", 40, "s", unit=10)
+    assert cells.search(step(cells, tmp_path), [series]) == bool(trained)
+    assert lengths(tmp_path, "s") == (trained, too_long)
+    assert f"s: {max(trained, default=0)} fit" in capsys.readouterr().out
+
+
+def test_the_next_series_is_guessed_to_end_where_the_last_one_did(cells, tmp_path):
+    ranks(tmp_path, most=72)
+    cells.search(step(cells, tmp_path), [run(cells, name, 40, name, unit=10) for name in ("s", "t")])
+    assert lengths(tmp_path, "t") == ([70], [80])
+
+
+def test_a_search_goes_on_where_its_records_end(cells, tmp_path):
+    ranks(tmp_path, most=45)
+    series = run(cells, "s", 40, "s", unit=10)
+    cells.search(step(cells, tmp_path), [series])
+    ranks(tmp_path, most=1000)
+    cells.search(step(cells, tmp_path), [series])
+    assert lengths(tmp_path, "s") == ([40], [50])
+
+
+def test_only_lack_of_memory_is_too_long(cells, tmp_path, capsys):
+    ranks(tmp_path, most=1000, broken=50)
+    cells.search(step(cells, tmp_path), [run(cells, "s", 40, "s", unit=10)])
+    assert lengths(tmp_path, "s") == ([40], [50])
+    out = capsys.readouterr().out
+    assert "s: 40 fit; stopped at 50" in out
+    assert "an illegal instruction" in out
+
+
+def test_a_search_whose_time_ended_says_so(cells, tmp_path, capsys):
+    ranks(tmp_path, most=1000, slow=50)
+    cells.search(step(cells, tmp_path, seconds=1.5), [run(cells, "s", 40, "s", unit=10)])
+    assert "s: 40 fit; stopped at 50: its time ended" in capsys.readouterr().out
+
+
+def test_the_reason_is_the_line_of_any_rank_that_speaks_of_memory(cells, tmp_path):
+    (tmp_path / "rank0.log").write_text("RuntimeError: a peer is gone\n")
+    (tmp_path / "rank1.log").write_text("torch.OutOfMemoryError: CUDA out of memory. 1 GiB\nwarned\n")
+    reason = cells.explain(cells.Outcome("crashed", "rank 0, exit status 1", 1.0), tmp_path)
+    assert reason == "torch.OutOfMemoryError: CUDA out of memory. 1 GiB"
+
+
+def test_documents_are_not_trained_with_a_kernel_that_builds_plans_for_their_lengths(cells):
+    kernels = ["triton", "sdpa_flash", "sdpa_cudnn", "flex"]
+    for name in ("parity", "speed"):
+        for r in cells.STEPS[name](2, kernels):
+            flags = dict(zip(r.arguments[::2], r.arguments[1::2], strict=False))
+            assert flags["--kernel"] != "sdpa_cudnn" or flags["--mask"] == "causal"
+    baselines = {r.name for r in cells.STEPS["parity"](2, kernels) if "baseline" in r.name}
+    assert baselines == {
+        *("parity-baseline-causal", "parity-baseline-causal-fp32"),
+        *("parity-baseline-causal_document", "parity-baseline-causal_document-fp32"),
+    }
 
 
 def test_every_run_names_flags_that_its_script_has(cells):
@@ -116,23 +212,23 @@ def test_every_run_names_flags_that_its_script_has(cells):
             for r in runs:
                 given, rest = parser.parse_known_args(list(r.arguments))
                 known = {"--deepspeed_config", "--activation-checkpointing", "--distributed-optimizer"}
-                assert {flag for flag in rest if flag.startswith("--")} <= known | {"--recompute"}
+                known |= {"--recompute", "--keep-attention"}
+                assert {flag for flag in rest if flag.startswith("--")} <= known
                 degrees = {key: getattr(given, key) for key in DEGREES if getattr(given, key)}
                 config = AttentionConfig.from_dict({"strategy": given.strategy, **degrees})
                 assert given.strategy == "none" or config.degrees(len(r.gpus))
 
 
-def record(folder: Path, losses: list[float], dtype: str) -> None:
+def record(folder: Path, losses: list[float], dtype: str = "bf16", seqlen: int = 100) -> None:
     folder.mkdir()
     attention = {"kernel": "naive", "strategy": "none", "mask": "causal", "layout": "zigzag"}
-    lines: list[dict] = [
-        {"type": "run", "schema": 1, "attention": attention, "dtype": dtype, "cp": 1, "steps": len(losses)}
-    ]
+    first = {"type": "run", "schema": 1, "attention": attention, "dtype": dtype, "cp": 1, "world": 1}
+    lines: list[dict] = [first | {"steps": len(losses), "seqlen": seqlen, "framework": "x", "command": []}]
     for i, loss in enumerate(losses):
         lines.append(
             {
                 **{"type": "step", "step": i, "loss": loss, "grad_norm": 1.0, "batch_digest": f"{i}"},
-                **{"step_ms": 10.0, "mfu": 0.5, "tokens": 100, "peak_memory_gib": 1.0},
+                **{"step_ms": 10.0, "mfu": 0.5, "tokens": seqlen, "peak_memory_gib": 1.0},
             }
         )
     lines.append({"type": "end"})
@@ -140,32 +236,60 @@ def record(folder: Path, losses: list[float], dtype: str) -> None:
     torch.save({"w": torch.full((2,), losses[0])}, folder / "gradients.pt")
 
 
-def test_the_table_judges_by_the_rules_of_lcab_parity(monkeypatch, tmp_path, capsys):
+def failed(folder: Path, reason: str) -> None:
+    folder.mkdir()
+    (folder / "failed.txt").write_text(f"{reason}\n")
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    table = importlib.import_module("training_table")
+    module = importlib.import_module("training_table")
     whole = lambda path: [json.loads(line) for line in path.read_text().splitlines()]  # noqa: E731
-    monkeypatch.setattr(table.records, "read", whole)  # these records have only what the table reads
-    record(tmp_path / "parity-baseline", [4.0, 3.0, 2.0], "bf16")
-    record(tmp_path / "parity-baseline-fp32", [4.004, 3.0, 2.0], "fp32")
-    record(tmp_path / "parity-near", [4.006, 3.0, 2.0], "bf16")  # within twice 1e-3
-    record(tmp_path / "parity-far", [4.01, 3.0, 2.0], "bf16")
-    record(tmp_path / "speed-x", [4.0, 3.0, 2.0], "bf16")
-    (tmp_path / "speed-y").mkdir()
-    (tmp_path / "speed-y" / "failed.txt").write_text("crashed: out of memory\n")
+    monkeypatch.setattr(module.records, "read", whole)  # these records have only what the table reads
     monkeypatch.setattr(sys, "argv", ["training_table.py", str(tmp_path)])
+    return module
+
+
+def test_the_table_judges_by_the_rules_of_lcab_parity(table, tmp_path, capsys):
+    record(tmp_path / "parity-baseline-causal", [4.0, 3.0, 2.0])
+    record(tmp_path / "parity-baseline-causal-fp32", [4.004, 3.0, 2.0], "fp32")
+    record(tmp_path / "parity-near", [4.006, 3.0, 2.0])  # within twice 1e-3
+    record(tmp_path / "parity-far", [4.01, 3.0, 2.0])
+    record(tmp_path / "speed-x", [4.0, 3.0, 2.0])
+    failed(tmp_path / "speed-y", "crashed: rank 0")
+    record(tmp_path / "speed-z", [4.0, 3.0])
+    cut = tmp_path / "speed-z" / "metrics.jsonl"
+    cut.write_text("\n".join(cut.read_text().splitlines()[:-1]))
     table.main()
     rows = {row["run"]: row for row in json.loads((tmp_path / "table.json").read_text())["rows"]}
     verdicts = {name: row.get("verdict") for name, row in rows.items()}
     assert verdicts == {
-        "parity-baseline": "baseline",
-        "parity-baseline-fp32": "baseline-fp32",
+        "parity-baseline-causal": "baseline",
+        "parity-baseline-causal-fp32": "baseline in fp32",
         "parity-near": "pass",
         "parity-far": "fail",
         "speed-x": None,
         "speed-y": "did not end",
+        "speed-z": "did not end",
     }
     assert rows["speed-x"]["tokens_per_s"] == pytest.approx(10_000)
-    assert "speed-y: crashed: out of memory" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "- `speed-y`: crashed: rank 0" in out
+    assert "- `speed-z`: its time ended after 2 steps" in out
+
+
+def test_the_longest_of_a_series_is_one_row_beside_the_first_that_lacked_memory(table, tmp_path, capsys):
+    for seqlen in (400, 500):
+        record(tmp_path / f"longest-s-{seqlen}", [4.0, 3.0], seqlen=seqlen)
+    failed(tmp_path / "longest-s-700", "CUDA out of memory")
+    failed(tmp_path / "longest-s-600", "CUDA out of memory")
+    failed(tmp_path / "longest-t-400", "it took longer than 60 s")
+    table.main()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    rows = [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
+    assert [(row["longest"], row["too long"]) for row in rows] == [("500", "600"), ("-", "-")]
 
 
 @pytest.mark.nightly
@@ -184,7 +308,7 @@ def test_a_second_run_in_the_same_process_is_the_same(monkeypatch, tmp_path, fra
     plan.write_text(json.dumps(runs))
     outcome = launch(
         SCRIPTS / "training_ranks.py",
-        [str(plan), "0,1"],
+        [str(plan), "0,1", "20"],
         world=2,
         device="cpu",
         logs=tmp_path / "logs",
