@@ -25,6 +25,7 @@ class Segments:
     longest. ``left, right``: flash-attn's window, bottom-right aligned in every segment, -1 for no limit.
     ``span``: the longest of keys, or of rows and keys under a window. FlashAttention 2 and cuDNN judge a
     window against the longest keys they are told, and cut wrongly where a segment has more rows than that.
+    ``square``: every segment has as many keys as rows, where both alignments of a window are the same.
     ``rows, keys``: which tokens of the flattened batch they are.
     """
 
@@ -37,6 +38,7 @@ class Segments:
         self.max_q, self.max_k = (int(x) for x in lengths.max(0).values)
         windowed = (self.left, self.right) != (-1, -1)
         self.span = max(self.max_q, self.max_k) if windowed else self.max_k
+        self.square = bool((lengths[:, 0] == lengths[:, 1]).all())
         cu = torch.nn.functional.pad(lengths.cumsum(0), (0, 0, 1, 0)).to(torch.int32)
         self.cu_q, self.cu_k = (c.contiguous().to(device) for c in cu.unbind(1))
         self.rows = _rows(segments[:, :2], device)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import twelve
+from cases import families
 from kernels import bindings, published
 from kernels.agreement import disagreement, merged_disagreement
 from torch import Tensor
@@ -17,10 +17,11 @@ from torch import Tensor
 from lcab_plugin import masks
 from lcab_plugin.kernels import KernelOptions, get
 
-MASKS = twelve()
+MASKS = families()
 TE, FRONTEND = "transformer-engine", "nvidia-cudnn-frontend"
 FUSED_ATTN = "transformer_engine.pytorch.cpp_extensions.fused_attn"
 F16 = object()  # a backend's name in TransformerEngine
+BOTTOM_RIGHT = ("bottom right", None, 0)  # causal, by a cuDNN graph's alignment and bounds
 
 
 # TransformerEngine: packed sequences, a window aligned as said, statistics by cuDNN's version
@@ -200,7 +201,7 @@ class Graphs:
             sizes = {"q": rows, "o": rows, "dO": rows, "stats": rows, "k": keys, "v": keys}
             x = {n: a[n].segment(pack, i, size) for n, size in sizes.items() if n in a}
             cu = (torch.tensor([0, n], dtype=torch.int32) for n in (rows, keys))
-            window = cudnn_window(a)
+            window = cudnn_window(a, keys - rows)
             if direction == "forward":
                 out, lse = published.varlen_forward(x["q"], x["k"], x["v"], *cu, window, a["attn_scale"])
                 values: Any = (out, lse.t().unsqueeze(-1))
@@ -212,11 +213,13 @@ class Graphs:
                 result.segment(pack, i, len(value)).copy_(value)
 
 
-def cudnn_window(a: dict[str, Any]) -> tuple[int | None, int | None]:
+def cudnn_window(a: dict[str, Any], more_keys: int) -> tuple[int | None, int | None]:
+    """Of a segment with so many more keys than rows, as a window aligned to the bottom right."""
     left, right = a.get("diagonal_band_left_bound"), a.get("diagonal_band_right_bound")
     assert left is None or left > 0
     assert right is None or right >= 0
-    assert (left, right) == (None, None) or a["diagonal_alignment"] == "bottom right"
+    if a["diagonal_alignment"] == "top left" and (left, right) != (None, None):
+        assert more_keys == 0, "the corners of a segment that is not square are different diagonals"
     return None if left is None else left - 1, right
 
 
@@ -277,6 +280,36 @@ def test_cudnn_graph_options(frontend):
     assert graphs.node[1]["use_deterministic_algorithm"] is True
     assert "max_total_seq_len_q" not in graphs.node[1]  # a width of 8: the frontend warns against it
     assert disagreement(kernel, masks.AttentionMask(24, 24, [(3, 9, 0, 5), (9, 20, 2, 20, None, 0)])) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("mask", "band"),
+    [
+        (masks.causal(24), ("top left", None, 0)),
+        (masks.causal_document([10, 8, 6]), ("top left", None, 0)),
+        (masks.sliding_window_causal(24, 5), ("top left", 6, 0)),
+        (masks.sliding_window(24, 5, 3), ("top left", 6, 3)),
+        (masks.full(24), ("top left", None, None)),
+        (masks.AttentionMask(8, 24, [(0, 8, 0, 24)]), ("top left", None, None)),
+        (masks.AttentionMask(8, 24, [(0, 8, 0, 24, None, 16)]), BOTTOM_RIGHT),
+        (masks.AttentionMask(8, 24, [(0, 8, 0, 24, 11, 16)]), ("bottom right", 6, 0)),
+        # one of two segments has more keys than rows
+        (masks.AttentionMask(24, 32, [(0, 12, 0, 12, None, 0), (12, 24, 12, 32, None, 8)]), BOTTOM_RIGHT),
+    ],
+)
+def test_cudnn_diagonals_begin_at_the_top_left_of_square_segments(frontend, mask, band):
+    """Where both corners are on one diagonal: the other alignment's backward computes what is hidden."""
+    graphs, kernel, options = frontend(), get("cudnn"), KernelOptions(0.25)
+    q, k = (torch.randn(1, n, 2, 16, dtype=torch.float64) for n in (mask.q_len, mask.k_len))
+    names = "diagonal_alignment", "diagonal_band_left_bound", "diagonal_band_right_bound"
+    out, lse = kernel.forward(q, k, k, mask, options)
+    assert tuple(graphs.node[1][name] for name in names) == band
+    kernel.backward(out, q, k, k, out, lse, mask, options)
+    assert graphs.node[0] == "backward"
+    assert tuple(graphs.node[1][name] for name in names) == band
+    assert (graphs.built, graphs.executed) == (2, 2)
+    for name in ("use_causal_mask", "use_causal_mask_bottom_right", "sliding_window_length"):
+        assert not graphs.node[1].get(name)
 
 
 def test_cudnn_graphs_are_reused(frontend):
