@@ -38,6 +38,7 @@ FIELDS = (
     "fraction",
     "seqlen",
     "world",
+    "nodes",
     "kernel",
     "batch",
     "heads",

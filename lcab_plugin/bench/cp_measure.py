@@ -25,7 +25,7 @@ from lcab_plugin.bench.accuracy import Case
 from lcab_plugin.bench.cells import Record
 from lcab_plugin.bench.cp import SINGLE, Settings, degrees
 from lcab_plugin.bench.cp_counts import MEMORY, Counts, Recorder
-from lcab_plugin.bench.cp_ranks import RankLostError, SlowestRank, or_lost
+from lcab_plugin.bench.cp_ranks import RankLostError, SlowestRank, host, nodes, or_lost
 from lcab_plugin.bench.settings import DTYPES
 from lcab_plugin.bench.trial import Ending, Machine
 from lcab_plugin.context_parallel import ContextParallel, collectives, context_parallel
@@ -100,6 +100,7 @@ class Bench:
         self.limits = timing.Limits(seconds=settings.cell_seconds)
         self.rank = collectives.rank()
         self.environment = records.environment(device)
+        self.nodes = nodes(collectives.all_gather_object(host()))
         self.groups: dict[str, ContextParallel] = {}  # by strategy: process groups are made once
 
     def run(self, log: RunLog) -> list[Record]:
@@ -343,6 +344,7 @@ class Bench:
             "fraction": mask.area / (mask.q_len * mask.k_len),
             "seqlen": mask.q_len,
             "world": settings.world,
+            "nodes": self.nodes,
             "kernel": settings.kernel,
             "backend": "nccl" if self.machine.cuda else "gloo",
             "threads": torch.get_num_threads(),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +30,24 @@ def process_group(settings: Settings, local_rank: int) -> Iterator[torch.device]
     collectives.join("nccl" if cuda else "gloo", settings.timeout)
     yield device
     collectives.leave()
+
+
+def host() -> str:
+    """What tells this node from others, by NCCL's own rule: its name and, where Linux has it, the boot's id.
+    Names repeat over virtual machines; containers of other names do not share a node's links."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    with suppress(OSError):
+        return f"{platform.node()} {boot.read_text().strip()}"
+    return platform.node()
+
+
+def nodes(hosts: Sequence[str]) -> int | None:
+    """Of ranks on these ``hosts``, as launchers deal them: neighbours together, equally many on each node.
+    None where they lie otherwise."""
+    count = len(set(hosts))
+    each = len(hosts) // count
+    dealt = [host for host in dict.fromkeys(hosts) for _ in range(each)]
+    return count if list(hosts) == dealt else None
 
 
 class SlowestRank:

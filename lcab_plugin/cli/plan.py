@@ -79,24 +79,32 @@ def plan(
     shape = _model(model, numbers, heads, dtype)
     cluster = planner.Cluster(nodes, gpus, batch, zero, checkpointing)
     machine = planner.find(hardware).with_links(inside, between)
+    given = {name for name, value in (("inside", inside), ("between", between)) if value is not None}
     choice = planner.Choice(
         names("--kernels", kernels) or (),
         names("--strategies", strategies) or (),
         names("--layouts", layouts) or (),
         integers("--cp", cp, ",") or (),
     )
-    fitted, machine = _calibrated(calibrate, machine, dtype, inside)
+    fitted = _calibrated(calibrate, machine, dtype)
+    machine = fitted.applied(machine, given) if fitted else machine
     setting = planner.setting(described.mask, shape, cluster, machine)
     begin = time.perf_counter()
     ranked = planner.rank(setting, choice, fitted.speeds if fitted else None)
     seconds = time.perf_counter() - begin
+    host = planner.host_bound(ranked[0], setting)
     if as_json:
-        output.print_json(_document(described, setting, ranked, fitted, everything, seconds))
+        document = _document(described, setting, ranked, fitted, everything, seconds)
+        output.print_json({**document, "host": host})
         return
     _print(described, setting, ranked, top, everything)
     typer.echo(_sources(setting, ranked, seconds))
+    if host:
+        typer.echo(host)
     if fitted:
         _print_errors(fitted)
+        for sentence in fitted.told(machine, given):
+            typer.echo(sentence)
 
 
 def _model(name: str, numbers: dict[str, int | None], heads: str | None, dtype: str) -> Model:
@@ -127,23 +135,17 @@ def _measured(path: Path) -> list[dict[str, Any]]:
     return cells
 
 
-def _calibrated(
-    path: Path | None, machine: Hardware, dtype: str, inside: float | None
-) -> tuple[Calibration | None, Hardware]:
-    """What the records say, and the machine with their link; a bandwidth that was given stays."""
+def _calibrated(path: Path | None, machine: Hardware, dtype: str) -> Calibration | None:
+    """What the records say."""
     from lcab_plugin.planner import calibrate
 
     if path is None:
-        return None, machine
+        return None
     fitted = calibrate.fit(_measured(path), machine, dtype)
     if not fitted.errors:
         reasons = "; ".join(f"{reason} ({n})" for reason, n in fitted.left_out.most_common(3))
         raise LcabError(f"no record of {path} can be fitted for {machine.name} in {dtype}: {reasons}.")
-    if fitted.linear_share is not None:
-        machine = replace(machine, linear_share=fitted.linear_share)
-    if fitted.link is not None and inside is None:
-        machine = replace(machine, inside=fitted.link, source=f"{machine.source}; inside nodes fitted")
-    return fitted, machine
+    return fitted
 
 
 def _document(
@@ -158,7 +160,7 @@ def _document(
     calibration = fitted and {
         "errors": [vars(error) for error in fitted.errors],
         "left_out": dict(fitted.left_out),
-        "link": fitted.link and vars(fitted.link),
+        "links": {name: {**vars(f), "link": f.link and vars(f.link)} for name, f in fitted.links.items()},
         "linear_share": fitted.linear_share,
     }
     machine = setting.hardware
@@ -234,10 +236,10 @@ def _sources(setting: Setting, ranked: list[Prediction], seconds: float) -> str:
 def _print_errors(fitted: Calibration) -> None:
     """How far predictions were off on records that they were not fitted to."""
     columns = ["held out", ">fitted to", ">predicted", ">median error", ">p90", ">largest", "where"]
-    lines = [
-        [e.what, str(e.fitted), str(e.held), *(f"{x:.1%}" for x in (e.median, e.p90, e.largest)), e.where]
-        for e in fitted.errors
-    ]
+    lines = []
+    for e in fitted.errors:
+        shown = (f"{x:.1%}" if e.held else "-" for x in (e.median, e.p90, e.largest))
+        lines.append([e.what, str(e.fitted), str(e.held), *shown, e.where])
     output.show(output.table("Calibration: error on a quarter of the records, held back", columns, lines))
     for reason, count in fitted.left_out.most_common():
         typer.echo(f"{count} records left aside: {reason}")

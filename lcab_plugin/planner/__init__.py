@@ -5,7 +5,7 @@ Areas and bytes come from the mask algebra and are exact; only speeds are modell
 
 from lcab_plugin.planner.auto import AUTO, SETTINGS, Chosen, Workload, choose
 from lcab_plugin.planner.hardware import HARDWARE, Hardware, Link, find, of
-from lcab_plugin.planner.plan import Choice, Prediction, best, rank, setting
+from lcab_plugin.planner.plan import Choice, Prediction, best, host_bound, rank, setting
 from lcab_plugin.planner.predict import Setting
 from lcab_plugin.planner.shape import CHECKPOINTING, MODELS, Cluster, Model, model
 
@@ -27,6 +27,7 @@ __all__ = [
     "best",
     "choose",
     "find",
+    "host_bound",
     "model",
     "of",
     "rank",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,9 @@ import numpy as np
 from lcab_plugin import kernels, masks
 from lcab_plugin.errors import LcabError
 from lcab_plugin.masks import AttentionMask
-from lcab_plugin.planner.hardware import Hardware, Link, find
+from lcab_plugin.planner import links
+from lcab_plugin.planner.hardware import Hardware, find
+from lcab_plugin.planner.links import Fitted, Transfer
 from lcab_plugin.planner.shape import ITEMSIZE
 from lcab_plugin.planner.speeds import (
     COSTS,
@@ -50,15 +52,39 @@ class Error:
 
 @dataclass
 class Calibration:
-    """Fitted ``speeds`` by kernel, the ``link`` inside a node and the ``linear_share`` of the peak (None
-    without records of them), their ``errors`` on held-out records, and how many records were left aside and
-    why."""
+    """Fitted ``speeds`` by kernel, the ``links`` inside and between nodes, the ``linear_share`` of the peak
+    (None without records of it), their ``errors`` on held-out records, and how many records were left aside
+    and why."""
 
     speeds: dict[str, Speed] = field(default_factory=dict)
-    link: Link | None = None
+    links: dict[str, Fitted] = field(default_factory=dict)
     linear_share: float | None = None
     errors: list[Error] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
+
+    def applied(self, hardware: Hardware, given: Collection[str]) -> Hardware:
+        """``hardware`` as fitted, but for the links ``inside`` or ``between`` nodes that were ``given``."""
+        if self.linear_share is not None:
+            hardware = replace(hardware, linear_share=self.linear_share)
+        for name, fitted in self.links.items():
+            if fitted.link is not None and name not in given:
+                hardware = hardware.with_link(name, fitted.link, f"fitted to {fitted.records} records")
+        return hardware
+
+    def told(self, hardware: Hardware, given: Collection[str]) -> list[str]:
+        """Of each link of ``hardware``, which this was applied to, where it is from."""
+        sentences = []
+        for name, fitted in self.links.items():
+            link = getattr(hardware, name)
+            speed = f"{link.bandwidth / 1e9:.4g} GB/s and {link.latency * 1e6:.3g} us a message"
+            if name in given:
+                origin = "as given"
+            elif fitted.link is not None:
+                origin = f"fitted to {fitted.records} records"
+            else:
+                origin = f"not fitted ({fitted.reason}), the default of {hardware.name} is kept"
+            sentences.append(f"Link {name} nodes: {speed}, {origin}.")
+        return sentences
 
 
 def measured(lines: Iterable[Record]) -> list[Record]:
@@ -77,7 +103,7 @@ def measured(lines: Iterable[Record]) -> list[Record]:
 
 
 def fit(records: Iterable[Record], hardware: Hardware, dtype: str) -> Calibration:
-    """Fits kernels, the link and the matrices' share to the records of this hardware and width of numbers."""
+    """Fits kernels, links and the matrices' share to the records of this hardware and width of numbers."""
     result = Calibration()
     kernel_cells: dict[tuple[str, str], list[Record]] = defaultdict(list)
     link_cells, steps = [], []
@@ -105,8 +131,7 @@ def fit(records: Iterable[Record], hardware: Hardware, dtype: str) -> Calibratio
     for kernel, passes in fitted.items():
         if len(passes) == len(PASSES):
             result.speeds[kernel] = Speed(passes["fwd"], passes["bwd"], f"fitted on {hardware.name}")
-    if link_cells:
-        _fit_link(link_cells, result)
+    _fit_links(link_cells, hardware, result)
     if steps:
         _fit_linear(steps, hardware, dtype, result)
     result.left_out = +result.left_out
@@ -137,9 +162,8 @@ def mask_of(record: Record) -> AttentionMask | None:
     """The mask of a record, made again from its parameters; None where its digest is another."""
     given = dict(record["parameters"])
     given.pop("count", None)
-    documents, seed = given.pop("documents", None), given.pop("seed", 0)
-    if documents is not None:
-        given["lengths"] = masks.sample_lengths(record["seqlen"], documents, seed)
+    if (documents := given.pop("documents", None)) is not None:
+        given["lengths"] = masks.sample_lengths(record["seqlen"], documents, given.pop("seed", 0))
     if isinstance(given.get("prefixes"), str):  # "a quarter of each document"
         given["prefixes"] = [length // 4 for length in given["lengths"]]
     try:
@@ -184,29 +208,28 @@ def _error(what: str, predicted: Floats, measured: Floats, held: Floats, names: 
     return Error(what, len(measured) - len(at), len(at), median, p90, float(relative[worst]), names[worst])
 
 
-def _fit_link(cells: list[Record], result: Calibration) -> None:
-    """Bandwidth and latency from the strategies that hide nothing: what a call takes beyond its kernels is
-    their transfers'."""
-    shown = [
-        r
-        for r in cells
-        if r["strategy"] in ("ulysses", "ring_all_gather") and r["sent_bytes"] and (r["exposed_ms"] or 0) > 0
-    ]
-    result.left_out["a strategy that hides transfers behind its kernels"] += len(cells) - len(shown)
-    if len(shown) < HELD_OUT:
-        return
-    amounts = np.array([(1.0, r["sent_bytes"]) for r in shown])
-    seconds = np.array([r["exposed_ms"] / 1e3 for r in shown])
-    held = np.array([held_out(r) for r in shown])
-    if held.all():
-        held[:] = False
-    latency, byte = least_squares(amounts[~held], seconds[~held]).tolist()
-    names = [f"{r['strategy']} {r['mask']} {r['seqlen']} {r['pass']}" for r in shown]
-    result.errors.append(
-        _error("link (ulysses, ring_all_gather)", amounts @ [latency, byte], seconds, held, names)
-    )
-    if byte > 0:
-        result.link = Link(1 / byte, latency)
+def _fit_links(cells: list[Record], hardware: Hardware, result: Calibration) -> None:
+    """From the strategies that hide nothing: what a call takes beyond its kernels is its transfers'. The link
+    inside nodes from records of one node, then, with it, the link between them from records of several."""
+    found: dict[str, list[Transfer]] = {name: [] for name in links.NAMES}
+    for record in cells:
+        transfer = links.transfer(record, hardware, held_out(record))
+        if isinstance(transfer, str):
+            result.left_out[transfer] += 1
+        else:
+            found[transfer.link].append(transfer)
+    for name, transfers in found.items():
+        if all(t.held for t in transfers):  # too few to hold any back
+            transfers = [replace(t, held=False) for t in transfers]
+        fitted = result.links[name] = links.fit(name, transfers, hardware)
+        if fitted.link is None:
+            continue
+        hardware = hardware.with_link(name, fitted.link, "fitted")
+        predicted = np.array([t.seconds(hardware) for t in transfers])
+        taken, held = np.array([t.exposed for t in transfers]), np.array([t.held for t in transfers])
+        what = f"link {name} nodes (ulysses, ring_all_gather)"
+        error = _error(what, predicted, taken, held, [t.where for t in transfers])
+        result.errors.append(replace(error, fitted=fitted.records))
 
 
 def _fit_linear(steps: list[Record], hardware: Hardware, dtype: str, result: Calibration) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -55,16 +56,19 @@ class Hardware:
             if not value > 0:
                 raise LcabError(f"a link of {value} GB/s moves nothing; give its GB/s per device, as in 450.")
             link = replace(getattr(made, name), bandwidth=value * 1e9)
-            made = replace(
-                made, **{name: link}, source=f"{made.source}; {name} nodes {value:g} GB/s as given"
-            )
+            made = made.with_link(name, link, f"{value:g} GB/s as given")
         return made
+
+    def with_link(self, name: str, link: Link, source: str) -> Hardware:
+        """Another one ``inside`` or ``between`` nodes, and where it is from."""
+        changed: dict[str, Any] = {name: link}
+        return replace(self, **changed, source=f"{self.source}; {name} nodes {source}")
 
 
 # A link is taken at this share of its data sheet's bandwidth: NCCL's transfers between two H100s reach about
 # half of NVLink's (docs/results/2026-11-24-2xh100); between nodes it is assumed.
 INSIDE_SHARE, BETWEEN_SHARE = 0.5, 0.8
-# Seconds a message takes however small it is: a launch and the fabric. Assumed; --calibrate fits the first.
+# Seconds a message takes however small it is: a launch and the fabric. Assumed; --calibrate fits them.
 INSIDE_LATENCY, BETWEEN_LATENCY = 8e-6, 20e-6
 
 

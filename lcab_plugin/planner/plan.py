@@ -20,6 +20,9 @@ from lcab_plugin.planner.shape import Cluster, Model
 from lcab_plugin.planner.speeds import Speed, assumed, table
 
 REFERENCES = ("naive", "sdpa_math")  # for tests: chosen only by name
+# Seconds a layer and sequence of steps in which H100s waited for the host (125 million parameters, 8K tokens,
+# one and two GPUs; docs/results/2026-11-24-2xh100): the least of all, the most by stage of ZeRO.
+HOST_LEAST, HOST_MOST = 5e-3, {0: 12e-3, 1: 12e-3, 2: 12e-3, 3: 24e-3}
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,22 @@ def best(setting: Setting, choice: Choice, fitted: dict[str, Speed] | None = Non
     raise LcabError(
         f"nothing fits: {c.kernel} under {c.strategy} on {c.cp} ranks, the nearest, {nearest.reason}; allow "
         "other kernels or strategies, or give more devices."
+    )
+
+
+def host_bound(prediction: Prediction, setting: Setting) -> str | None:
+    """What to say of a step so short that GPUs may wait for the host, which is not modelled; else None."""
+    model, cluster = setting.model, setting.cluster
+    if setting.hardware.device != "cuda" or prediction.reason is not None or not model.hidden:
+        return None  # a model without hidden units is attention alone, no step
+    each = prediction.seconds * prediction.candidate.dp / (cluster.batch * model.layers)
+    most = HOST_MOST[cluster.zero]
+    if each >= most:
+        return None
+    return (
+        f"The fastest takes {each * 1e3:.2g} ms a layer and sequence by this prediction, which has no term "
+        f"for the host. Such steps took {HOST_LEAST * 1e3:.0f} to {most * 1e3:.0f} ms a layer on H100s, "
+        "which waited for the host to launch their kernels (docs/planner.md)."
     )
 
 

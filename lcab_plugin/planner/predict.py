@@ -114,7 +114,7 @@ def _handled(plan: Plan, setting: Setting, step: str, parts: _Parts) -> float:
     model, rows, e = setting.model, plan.block.rows, setting.model.itemsize
     moved = 0.0
     if plan.ulysses > 1:
-        moved += 2 * e * 2 * rows * (model.heads + model.kv_heads)
+        moved += packed(model, rows)
     merges = 0.0
     if plan.strategy == "group_cast" and not cast_at_once(plan, model):
         merges = CAST_MERGES[step]
@@ -125,6 +125,11 @@ def _handled(plan: Plan, setting: Setting, step: str, parts: _Parts) -> float:
         each = e + 4 + 12 if step == "fwd" else e + 8  # its part in float32, and three passes; or one sum
         moved += rows * model.heads * (2 * (e + 4) + merges * each)  # into float32 once, and back
     return moved * model.head_dim
+
+
+def packed(model: Model, rows: int) -> float:
+    """Bytes, over head_dim, that Ulysses reads and writes to pack q, k, v and out once each way."""
+    return 4 * model.itemsize * rows * (model.heads + model.kv_heads)
 
 
 @dataclass(frozen=True)

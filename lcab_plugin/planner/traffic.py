@@ -36,24 +36,34 @@ class Span:
 
     def all_to_all(self, payload: float, hardware: Hardware) -> float:
         """Seconds for a rank to send ``payload`` bytes, evenly to the others."""
-        if self.size == 1:
-            return 0.0
-        away = payload * (self.size - self.near) / (self.size - 1)
-        times = (payload - away) / hardware.inside.bandwidth, away / hardware.between.bandwidth
-        return self._latency(hardware) + max(times)
+        return self.seconds(self.exchanged(payload), hardware)
 
     def gather(self, shard: float, hardware: Hardware) -> float:
-        """Seconds of an all-gather or reduce-scatter of ``shard`` bytes a rank. Ranks of a node share what
-        comes from outside: each takes its part over its own link and passes it on."""
-        if self.size == 1:
-            return 0.0
-        inside = (self.size - 1) * shard / hardware.inside.bandwidth
-        between = (self.size - self.near) * shard / (self.near * hardware.between.bandwidth)
-        return self._latency(hardware) + max(inside, between)
+        """Seconds of an all-gather or reduce-scatter of ``shard`` bytes a rank."""
+        return self.seconds(self.gathered(shard), hardware)
 
-    def _latency(self, hardware: Hardware) -> float:
+    def exchanged(self, payload: float) -> tuple[float, float]:
+        """Bytes over a rank's link inside its node, and between nodes, of an all-to-all."""
+        if self.size == 1:
+            return 0.0, 0.0
+        away = payload * (self.size - self.near) / (self.size - 1)
+        return payload - away, away
+
+    def gathered(self, shard: float) -> tuple[float, float]:
+        """The same of an all-gather or reduce-scatter. Ranks of a node share what comes from outside: each
+        takes its part over its own link and passes it on."""
+        return (self.size - 1) * shard, (self.size - self.near) * shard / self.near
+
+    @property
+    def messages(self) -> int:
+        """That follow one another in a collective."""
+        return math.ceil(math.log2(self.size))
+
+    def seconds(self, sent: tuple[float, float], hardware: Hardware) -> float:
+        """Of a collective in which a rank sends so much inside its node, and between nodes."""
         link = hardware.inside if self.near == self.size else hardware.between
-        return link.latency * math.ceil(math.log2(self.size))
+        times = sent[0] / hardware.inside.bandwidth, sent[1] / hardware.between.bandwidth
+        return self.messages * link.latency + max(times)
 
 
 def spans(degrees: dict[str, int], placement: str, gpus: int) -> dict[str, Span]:

@@ -17,7 +17,7 @@ from lcab_plugin.report.svg import tokens
 from lcab_plugin.report.tables import Notes, Table, Value, listing, value
 from lcab_plugin.training.schema import Record
 
-IDENTITY = (*peers.IDENTITY, "degrees", "placement")
+IDENTITY = (*peers.IDENTITY, "degrees", "placement", "nodes")
 MIB = 2**20
 COLUMNS = {
     "strategy": "strategy",

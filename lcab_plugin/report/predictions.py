@@ -28,7 +28,7 @@ from lcab_plugin.training.batch_mask import with_mask
 from lcab_plugin.training.data import Batch
 from lcab_plugin.training.schema import Record
 
-GPUS = 8  # of a node: records do not say
+GPUS = 8  # of a node, where a record does not say
 _SHAPE = ("layers", "hidden", "ffn", "vocab", "heads", "kv_heads", "head_dim")
 
 
@@ -82,8 +82,8 @@ def section(cells: dict[str, list[Record]], runs: Iterable[Source]) -> Section |
             Text(
                 "What lcab plan predicts by the speeds that ship with it, beside what was measured; the "
                 "error is relative to the measurement. Speeds of an H100 were fitted to "
-                "docs/results/2026-11-23-h100: of those records this is no test. Nodes are taken to have "
-                f"{GPUS} devices."
+                "docs/results/2026-11-23-h100: of those records this is no test. Where a record does not say "
+                f"how many nodes there were, they are taken to have {GPUS} devices."
             )
         )
     if left:
@@ -197,18 +197,21 @@ def _shared(record: Record) -> Predicted:
     placement = record.get("placement") or PLACEMENTS[0]
     shape = {name: record[name] for name in ("heads", "kv_heads", "head_dim", "dtype")}
     model = planner.Model(layers=1, hidden=0, ffn=0, vocab=0, **shape)
-    setting = planner.setting(mask, model, _cluster(world), hardware)
+    cluster = _cluster(world, record.get("nodes"))
+    setting = planner.setting(mask, model, cluster, hardware)
     dealt = layout.make(record["layout"], world, record["seqlen"], mask)
     block = split.block(dealt, mask, degrees.get("ulysses", 1), placement)
-    axes = tuple(traffic.spans(degrees, placement, GPUS).items())
+    axes = tuple(traffic.spans(degrees, placement, cluster.gpus).items())
     plan = predict.Plan(record["strategy"], axes, record["kernel"], speed, block)
     calls = [predict.call(plan, setting, step) for step in _passes(record)]
     seconds = sum(call.compute + call.exposed for call in calls)
     return _beside("cp", f"{record['kernel']} {parallel.label(record)}", record, seconds, speed, hardware)
 
 
-def _cluster(world: int) -> planner.Cluster:
-    """Whole nodes, or one that is not full."""
+def _cluster(world: int, nodes: int | None = None) -> planner.Cluster:
+    """That many nodes; if unknown whole ones, or one that is not full."""
+    if nodes:
+        return planner.Cluster(nodes, world // nodes)
     return planner.Cluster(world // GPUS, GPUS) if world % GPUS == 0 else planner.Cluster(1, world)
 
 

@@ -22,7 +22,7 @@ _TEXTS = (
 _COUNTS = (
     *("schema", "area", "computed", "seqlen", "batch", "heads", "kv_heads", "head_dim", "repeats"),
     *("world", "threads", "dp", "cp", "tp", "pp", "cpus", "zero_stage", "sent_bytes", "closed_form_bytes"),
-    *("step", "loss_tokens", "tokens", "global_batch", "micro_batch", "steps", "first_step"),
+    *("nodes", "step", "loss_tokens", "tokens", "global_batch", "micro_batch", "steps", "first_step"),
     *("warm_up_steps", "tries", "seed"),
 )
 _NUMBERS = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -141,6 +142,26 @@ def test_a_group_cast_sends_what_others_see() -> None:
     assert sent("group_cast", {"ring": 4}, False, "documents") == 0
 
 
+@pytest.mark.parametrize(
+    ("hosts", "count"),
+    [("aaaa", 1), ("aabb", 2), ("bbaacc", 3), ("abcd", 4), ("aaab", None), ("abab", None), ("aabba", None)],
+)
+def test_nodes_are_counted_where_ranks_are_dealt_in_turn(hosts: str, count: int | None) -> None:
+    assert cp_ranks.nodes(list(hosts)) == count
+
+
+def test_machines_of_one_name_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    def elsewhere(path: Path) -> str:
+        raise FileNotFoundError(path)
+
+    here = cp_ranks.host()
+    assert here == cp_ranks.host()
+    monkeypatch.setattr(Path, "read_text", lambda path: "another-boot\n")
+    assert cp_ranks.host() == f"{platform.node()} another-boot" != here
+    monkeypatch.setattr(Path, "read_text", elsewhere)
+    assert cp_ranks.host() == platform.node()
+
+
 def test_two_processes_from_the_command_line(tmp_path: Path) -> None:
     out = tmp_path / "cp.jsonl"
     command = ["-m", "lcab_plugin.cli", "bench", "cp", "--json", "--world", "2", "--device", "cpu"]
@@ -163,7 +184,8 @@ def test_two_processes_from_the_command_line(tmp_path: Path) -> None:
     mask = masks.causal_document(masks.sample_lengths(96, "pile", 0))
     for (strategy, _, _, _, step), record in found.items():
         assert set(cp.FIELDS) <= set(record)
-        assert (record["digest"], record["area"], record["world"]) == (mask.digest, mask.area, 2)
+        assert (record["digest"], record["area"]) == (mask.digest, mask.area)
+        assert (record["world"], record["nodes"]) == (2, 1)
         if strategy == "ulysses":  # one head cannot be shared
             assert record["status"] == "unsupported"
             assert "2 Ulysses" in record["reason"]
@@ -243,9 +265,9 @@ def test_a_rank_that_torchrun_started_takes_part(tmp_path: Path, one_thread: Non
     )
     outcome = launch(script, [], world=2, device="cpu", logs=tmp_path / "logs", timeout=120)
     assert (outcome.status, outcome.reason) == ("done", None)
-    assert [(r["strategy"], r["status"], r["world"]) for r in cp.cells_of(out)] == [
-        (SINGLE, "ok", 2),
-        ("ring_p2p", "ok", 2),
+    assert [(r["strategy"], r["status"], r["world"], r["nodes"]) for r in cp.cells_of(out)] == [
+        (SINGLE, "ok", 2, 1),
+        ("ring_p2p", "ok", 2, 1),
     ]
     assert "ring_p2p" in (tmp_path / "logs" / "rank0.log").read_text()
     assert "ring_p2p" not in (tmp_path / "logs" / "rank1.log").read_text()

@@ -26,6 +26,7 @@ from lcab_plugin.planner.predict import _Parts, _rings
 from lcab_plugin.planner.traffic import Span
 
 ATTENTION, SMALL = MODELS["attention"], Model(2, 512, 1024, 1000, 8, 2, 64)
+TINY = Model(12, 768, 3072, 257, 12, 4, 64)  # docs/results/2026-11-24-2xh100: 60 to 145 ms a step
 H100, NODE, ALL = HARDWARE["H100"], Cluster(), Choice()
 
 
@@ -191,6 +192,25 @@ def test_checkpointing_repeats_what_is_not_kept() -> None:
     assert block["exposed"] > none["exposed"] == attention["exposed"]
     assert block["attention"] > none["attention"] == attention["attention"]
     assert block["linear"] == attention["linear"] > none["linear"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "model", "cluster", "words"),
+    [
+        (8192, TINY, Cluster(1, 1, zero=1), ("takes 2 ms a layer and sequence", "took 5 to 12 ms a layer")),
+        (8192, TINY, Cluster(1, 1, zero=3), ("took 5 to 24 ms a layer",)),
+        (8192, TINY, Cluster(1, 2, batch=4, zero=1), ("takes 1.9 ms a layer and sequence",)),
+        (1 << 17, MODELS["llama3-8b"], Cluster(4, 8), ()),
+        (8192, ATTENTION, Cluster(1, 1), ()),
+    ],
+)
+def test_steps_that_wait_for_the_host_are_told(
+    tokens: int, model: Model, cluster: Cluster, words: tuple[str, ...]
+) -> None:
+    given = planner.setting(masks.causal(tokens), model, cluster, H100)
+    said = planner.host_bound(planner.rank(given, Choice(kernels=("triton",)))[0], given)
+    assert bool(said) == bool(words)
+    assert all(word in (said or "") for word in words)
 
 
 def test_unmeasured_kernels_are_marked() -> None:

@@ -87,26 +87,6 @@ def test_records_of_other_hardware_and_numbers_are_left_aside() -> None:
     assert calibrate.fit(other, HARDWARE["H100"], "bf16").left_out["a mask that cannot be made again"] > 400
 
 
-def test_the_link_is_fitted_to_strategies_that_hide_nothing() -> None:
-    cell = {
-        **next(r for r in shipped() if r["kernel"] == "triton"),
-        "layout": "zigzag",
-        "parameters": {},
-    }
-    cells = []
-    for i in range(24):
-        sent = 1e6 * (i + 1)
-        ms = (20e-6 + sent / 300e9) * 1e3
-        strategy = ("ulysses", "ring_all_gather", "ring_p2p")[i % 3]
-        cells.append({**cell, "strategy": strategy, "seqlen": i, "sent_bytes": sent, "exposed_ms": ms})
-    fitted = calibrate.fit(cells, HARDWARE["H100"], "bf16")
-    assert fitted.link is not None
-    assert fitted.link.bandwidth == pytest.approx(300e9, rel=1e-3)
-    assert fitted.link.latency == pytest.approx(20e-6, rel=1e-3)
-    assert fitted.errors[0].median < 1e-3
-    assert fitted.left_out["a strategy that hides transfers behind its kernels"] == 8
-
-
 def test_the_share_of_matrices_is_fitted_to_training() -> None:
     run = {
         "type": "run",

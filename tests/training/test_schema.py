@@ -117,6 +117,14 @@ def test_benchmarks_of_two_kinds_in_one_file_are_refused(tmp_path):
         sources.valid(path)
 
 
+def test_a_field_that_came_later_may_be_absent_or_null():
+    cell = cp_cell("ring_p2p", 2, 1.0)
+    for same in ({}, {"nodes": None}, {"nodes": 2}):
+        schema.check({**cell, **same})
+    with pytest.raises(LcabError, match="cp has nodes '2', which is not a whole number"):
+        schema.check({**cell, "nodes": "2"})
+
+
 def test_fields_that_this_version_does_not_know_are_no_error():
     schema.check({**kernel_cell("naive", 64, 1.0), "of_tomorrow": 1})
     schema.check({"type": "of_tomorrow", "seqlen": "long"})
