@@ -1,4 +1,4 @@
-"""Runs a function on real processes, gloo on a CPU or NCCL with a GPU each. One launch costs seconds, so a
+"""Runs a function on real processes, gloo on a CPU or NCCL on GPUs. One launch costs seconds, so a
 suite runs its cells inside one."""
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _worker(
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     if device == "cuda":
-        torch.cuda.set_device(rank)
+        take_gpu(rank, world)
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, rank=rank, world_size=world, timeout=timedelta(seconds=120))
     try:
@@ -45,9 +45,23 @@ def _worker(
         dist.destroy_process_group()
 
 
+def take_gpu(rank: int, world: int) -> None:
+    """A GPU for each rank; with fewer GPUs than ranks, several ranks on one.
+
+    NCCL refuses two ranks of one host on one GPU. Each round of ranks over the GPUs is given to it as a host
+    of its own: NVLink within, sockets between, as on several machines. What that computes is what counts, as
+    ranks that take turns on a GPU wait for each other.
+    """
+    gpus = torch.cuda.device_count()
+    torch.cuda.set_device(rank % gpus)
+    if world > gpus:
+        sockets = {"NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo", "NCCL_MAX_NCHANNELS": "2"}
+        os.environ.update(sockets, NCCL_HOSTID=f"host {rank // gpus}")
+
+
 def run(fn: Callable[..., Any], world: int, *args: Any, device: str = "cpu") -> list[Any]:
     """What ``fn(rank, world, *args)`` returned on each of ``world`` processes; the first failure is raised
-    here. ``device``: ``cpu`` (gloo), or ``cuda`` (NCCL; rank r has GPU r)."""
+    here. ``device``: ``cpu`` (gloo), or ``cuda`` (NCCL, see ``take_gpu``)."""
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder)
         mp.spawn(_worker, (fn, world, free_port(), args, device, results), world)
