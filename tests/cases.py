@@ -1,4 +1,4 @@
-"""What the conformance suites share: the twelve masks at one length, inputs, and the fp64 reference."""
+"""What the conformance suites share: a mask of every family at one length, inputs, and the fp64 reference."""
 
 from __future__ import annotations
 
@@ -29,14 +29,17 @@ PARAMETERS = {
     "prefix_lm_document": {"lengths": LENGTHS, "prefixes": (5, 33, 0, 12)},
     "global_sliding_window": {"global_tokens": 11, "window": 9},
     "block_causal_document": {"lengths": LENGTHS, "block": 8},
+    "block_sparse": {"block": 16, "keep": 0.4, "seed": 0},
 }
 
 
-def twelve(n: int = N) -> dict[str, AttentionMask]:
-    """Every builder at length ``n`` (the tokens past ``N`` join the last document)."""
+def families(n: int = N) -> dict[str, AttentionMask]:
+    """Every builder at length ``n`` (the tokens past ``N`` join the last document; as many sparse blocks)."""
     out = {}
     for name, parameters in PARAMETERS.items():
         parameters = dict(parameters)
+        if "keep" in parameters:
+            parameters["block"] = -(-parameters["block"] * n // N)
         if "lengths" in parameters:
             *head, last = parameters["lengths"]
             parameters["lengths"] = (*head, last + n - N)
@@ -50,7 +53,9 @@ def enlarged(factor: int) -> dict[str, AttentionMask]:
     out = {}
     for name, parameters in PARAMETERS.items():
         longer = {
-            key: tuple(x * factor for x in value) if isinstance(value, tuple) else value * factor
+            key: tuple(x * factor for x in value)
+            if isinstance(value, tuple)
+            else value * (1 if key in ("keep", "seed") else factor)
             for key, value in parameters.items()
         }
         out[name] = masks.from_name(name, N * factor, **longer)

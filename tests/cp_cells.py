@@ -16,7 +16,7 @@ from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from cases import Expected, expected, inputs, twelve
+from cases import Expected, expected, families, inputs
 from torch import Tensor
 
 import lcab_plugin as lcab
@@ -139,9 +139,9 @@ class Cell(NamedTuple):
 
 
 def masks_of(n: int) -> dict[str, AttentionMask]:
-    """The twelve, and one under which whole ranks have queries or keys that meet nothing."""
+    """Every family, and one under which whole ranks have queries or keys that meet nothing."""
     islands = [(3, 9, 0, 5), (9, 20, 2, 20, None, 0), (n - 9, n - 3, 7, n - 5)]
-    return twelve(n) | {"islands": AttentionMask(n, n, islands)}
+    return families(n) | {"islands": AttentionMask(n, n, islands)}
 
 
 MASKS = tuple(masks_of(96))
@@ -170,7 +170,7 @@ def _default(world: int, precisions: tuple[str, ...]) -> Iterator[Cell]:
         composition = composed[strategy][turn % len(composed[strategy])]
         yield Cell(mask, composition, layout, names[(a + 3 * c + b) % len(names)], precisions[0])
         if (a + b + c) % 2:  # half of them again
-            precision = precisions[1 + (turn // 2 + b) % (len(precisions) - 1)]
+            precision = precisions[1 + (a // 2 + b // 2 + c) % (len(precisions) - 1)]
             yield Cell(mask, composition, layout, names[(turn // 3 + 5 * b) % len(names)], precision)
 
 

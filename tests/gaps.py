@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from cases import N, twelve
+from cases import N, families
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -29,7 +29,7 @@ from lcab_plugin.kernels.contract import Kernel
 FILE = Path(__file__).parent / "kernels" / "gaps.json"
 UPDATE = "python -m pytest tests/kernels/test_conformance.py -k declared_gaps --update-gaps"
 
-MASKS = twelve() | {"half of the rows": masks.causal(N).local([range(N // 2, N)], [range(N)])}
+MASKS = families() | {"half of the rows": masks.causal(N).local([range(N // 2, N)], [range(N)])}
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIMS = (16, 32, 64, 96, 128, 192, 256)
 HEADS = ((4, 4), (8, 2), (4, 1))

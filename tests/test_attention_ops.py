@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from cases import inputs, twelve
+from cases import families, inputs
 from distributed import run
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -69,7 +69,7 @@ def fresh():
 def test_one_graph_equals_the_eager_model(kernel, sinks):
     model, x = TinyGPT(kernel, sinks=sinks), torch.randn(2, N, 32)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    for mask in [*twelve().values(), AttentionMask(N, N, []), AttentionMask(N, N, [(50, N, 3, 9)])]:
+    for mask in [*families().values(), AttentionMask(N, N, []), AttentionMask(N, N, [(50, N, 3, 9)])]:
         want, got = (outcome(model, call, x, mask) for call in (model, compiled))
         torch.testing.assert_close(got, want)
 
@@ -79,7 +79,7 @@ def test_another_mask_is_not_another_graph():
     model, x = TinyGPT("sdpa_flash"), torch.randn(2, N, 32)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
-    for mask in (*DOCUMENTS, *DOCUMENTS, AttentionMask(N, N, []), *twelve().values()):
+    for mask in (*DOCUMENTS, *DOCUMENTS, AttentionMask(N, N, []), *families().values()):
         compiled(x, mask).sum().backward()
     assert counter.frame_count <= 2
     with torch.no_grad():

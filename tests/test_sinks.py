@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from cases import LENGTHS, errors, inputs, twelve
+from cases import LENGTHS, errors, families, inputs
 from distributed import run
 from torch import Tensor
 
@@ -51,7 +51,7 @@ def computed(x: tuple[Tensor, ...], sink: Tensor, mask: AttentionMask, kernel: s
 def test_every_mask_and_kernel(kernel, kv_heads):
     """Also masks that a kernel serves by several merged calls."""
     x = inputs(N, N, 4, kv_heads, 16, torch.float64)
-    for name, mask in twelve().items():
+    for name, mask in families().items():
         sink = sinks(4, torch.float64)
         got = computed(x, sink, mask, kernel)
         for tensor, error in errors(got, softmax_with_a_column(*x, sink, mask)).items():
@@ -123,7 +123,7 @@ def over_ranks(rank: int, world: int, kernel: str, dtype: torch.dtype, tolerance
     empty_rows = AttentionMask(N, N, [(40, 90, 0, 50), (90, N, 0, N, None, 0)])
     cases = {
         "empty_rows": empty_rows,
-        **{n: m for n, m in twelve().items() if n in ("causal", "share_question")},
+        **{n: m for n, m in families().items() if n in ("causal", "share_question")},
     }
     for heads, kv_heads in ((4, 4), (8, 2), (4, 1)):
         x, sink = inputs(N, N, heads, kv_heads, 16, dtype), sinks(heads, dtype)

@@ -22,6 +22,7 @@ PASSES = {"fwd": 1.0, "bwd": 2.5, "fwd+bwd": 3.5}
 _IDENTITY = (
     "kernel",
     "mask",
+    "parameters",
     "digest",
     "seqlen",
     "batch",
@@ -86,7 +87,15 @@ FIELDS = (
 
 def key(record: Record, identity: Sequence[str] = _IDENTITY) -> tuple[Any, ...]:
     """What makes two records the same cell."""
-    return tuple(record[name] for name in identity)
+    values = (record[name] for name in identity)
+    return tuple(json.dumps(x, sort_keys=True) if isinstance(x, dict) else x for x in values)
+
+
+def mask_label(mask: str, parameters: Record) -> str:
+    """A mask as tables and charts call it: its family, of block_sparse with the block and the kept share."""
+    if mask != "block_sparse" or parameters.get("block") is None:
+        return mask
+    return f"{mask} block {parameters['block']} keep {parameters['keep']:g}"
 
 
 def settled(record: Record) -> bool:

@@ -21,7 +21,7 @@ from lcab_plugin.bench import accuracy, cells, contenders, timing, trial
 from lcab_plugin.bench.accuracy import Case, Sample
 from lcab_plugin.bench.cells import Record
 from lcab_plugin.bench.contenders import Contender
-from lcab_plugin.bench.settings import DTYPES, Settings, default_parameters
+from lcab_plugin.bench.settings import DTYPES, Group, Settings
 from lcab_plugin.bench.trial import Ending, Entry, Machine
 from lcab_plugin.errors import LcabError
 from lcab_plugin.training import machine, records
@@ -53,17 +53,18 @@ def run(
         "run", **bench.environment, **bench.noise, settings=asdict(settings), limits=asdict(bench.limits)
     )
     watch(str(bench.floor))
-    for mask, seqlen in settings.groups:
-        watch(f"{mask} {seqlen}")
-        for record in bench.group(mask, seqlen, settled):
+    for group in settings.groups:
+        what = f"{group.label} {group.seqlen}"
+        watch(what)
+        for record in bench.group(group, settled):
             log.write("cell", **record)
             yield record
             if record["fatal"]:
                 raise LcabError(
-                    f"the device does not answer after {record['kernel']}, {mask} {seqlen}, {record['pass']} "
+                    f"the device does not answer after {record['kernel']}, {what}, {record['pass']} "
                     f"({record['reason']}); --resume goes on without that cell."
                 )
-        log.write("machine", after=f"{mask} {seqlen}", **machine.state(bench.machine.device))
+        log.write("machine", after=what, **machine.state(bench.machine.device))
 
 
 class _Bench:
@@ -86,10 +87,10 @@ class _Bench:
             if record["status"] == "ok" and self.same.items() <= record.items():
                 self._remember(record)
 
-    def group(self, name: str, seqlen: int, settled: set[tuple[Any, ...]]) -> Iterator[Record]:
+    def group(self, group: Group, settled: set[tuple[Any, ...]]) -> Iterator[Record]:
         """The cells of one mask and length."""
-        parameters = default_parameters(name, seqlen, self.settings.documents, self.settings.seed)
-        mask = masks.from_name(name, seqlen, **parameters)
+        name, parameters = group.mask, self.settings.parameters(group)
+        mask = masks.from_name(name, group.seqlen, **parameters)
         facts = self._facts(name, parameters, mask)
         entries, wanted = self._entries(facts, settled)
         case: Case | None = None

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 
 from lcab_plugin import masks
 from lcab_plugin.bench import contenders
-from lcab_plugin.bench.cells import PASSES, Record
+from lcab_plugin.bench.cells import PASSES, Record, mask_label
 from lcab_plugin.errors import LcabError, unknown
 
 DTYPES = {
@@ -20,6 +22,7 @@ DTYPES = {
 }
 _WINDOW = 1024
 _BLOCK = 1024
+_SPARSE_BLOCK, _KEEP = 128, 0.2
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,30 @@ class Shape:
             )
 
 
+class Group(NamedTuple):
+    """Cells of one mask and length, measured in turn. ``block`` and ``keep``: of block_sparse alone."""
+
+    mask: str
+    seqlen: int
+    block: int | None = None
+    keep: float | None = None
+
+    @classmethod
+    def of(cls, record: Record) -> Group:
+        """The group of a record."""
+        sparse = record["parameters"] if record["mask"] == "block_sparse" else {}
+        return cls(record["mask"], record["seqlen"], sparse.get("block"), sparse.get("keep"))
+
+    @property
+    def label(self) -> str:
+        """The mask as tables call it."""
+        return mask_label(self.mask, {"block": self.block, "keep": self.keep})
+
+
 @dataclass(frozen=True)
 class Settings:
-    """What to measure. ``cell_seconds``: running time of one cell, and the longest single call that is
+    """What to measure. ``blocks``, ``keeps``: of block_sparse, every one with every other (empty: that of
+    `default_parameters`). ``cell_seconds``: running time of one cell, and the longest single call that is
     started at all. ``dense_gib``: the most that [q, k] tensors may take (None: what the device has free).
     ``control``: every kernel's causal attention takes its turn with every other mask, so that the time
     relative to causal's holds on a machine whose speed drifts.
@@ -57,6 +81,8 @@ class Settings:
     masks: tuple[str, ...]
     seqlens: tuple[int, ...]
     passes: tuple[str, ...]
+    blocks: tuple[int, ...] = ()
+    keeps: tuple[float, ...] = ()
     shape: Shape = field(default_factory=Shape)
     device: str = "cpu"
     documents: str = "pile"
@@ -79,6 +105,12 @@ class Settings:
                     raise unknown(kind, name, table)
         if not self.seqlens or min(self.seqlens) < 1:
             raise LcabError(f"sequence lengths {list(self.seqlens)} must be at least 1.")
+        for block in self.blocks:
+            masks.block_sparse(0, block, 1.0)
+        for keep in self.keeps:
+            masks.block_sparse(0, 1, keep)
+        if (self.blocks or self.keeps) and "block_sparse" not in self.masks:
+            raise LcabError("blocks and keeps are of block_sparse, which is not among the masks; name it.")
         if self.cell_seconds <= 0:
             raise LcabError(f"cell_seconds {self.cell_seconds} must be above 0.")
 
@@ -93,18 +125,33 @@ class Settings:
         return tuple(dict.fromkeys(self.passes))
 
     @property
-    def groups(self) -> list[tuple[str, int]]:
-        """(mask, length) in the order of work: short before long, so that a long cell's time is foreseen;
-        causal first, since the others' time per cell is stated relative to it."""
+    def groups(self) -> list[Group]:
+        """In the order of work: short before long, so that a long cell's time is foreseen; causal first,
+        since the others' time per cell is stated relative to it."""
         chosen = sorted(dict.fromkeys(self.masks), key=lambda mask: mask != "causal")
-        return [(mask, n) for n in sorted(set(self.seqlens)) for mask in chosen]
+        return [group for n in sorted(set(self.seqlens)) for mask in chosen for group in self._of(mask, n)]
+
+    def _of(self, mask: str, seqlen: int) -> Iterator[Group]:
+        if mask != "block_sparse":
+            yield Group(mask, seqlen)
+            return
+        usual = default_parameters(mask, seqlen)
+        for pair in product(self.blocks or [usual["block"]], self.keeps or [usual["keep"]]):
+            yield Group(mask, seqlen, *pair)
+
+    def parameters(self, group: Group) -> dict[str, Any]:
+        """Of the group's mask, for ``masks.from_name``."""
+        made = default_parameters(group.mask, group.seqlen, self.documents, self.seed)
+        if group.block is not None:
+            made |= {"block": group.block, "keep": group.keep}
+        return made
 
     def asks(self, record: Record) -> bool:
         """Whether a record is of one of these cells."""
         return (
             record["kernel"] in self.contenders
             and record["pass"] in self.steps
-            and (record["mask"], record["seqlen"]) in self.groups
+            and Group.of(record) in self.groups
             and all(record[name] == value for name, value in asdict(self.shape).items())
         )
 
@@ -135,16 +182,19 @@ def default_parameters(mask: str, seqlen: int, documents: str = "pile", seed: in
 
     Windows and blocks are 1024 tokens and at most a quarter of the length, so that they stay what they are in
     a short sequence; 256 global tokens at most; prefixes are a quarter of the sequence or of each document.
+    block_sparse keeps a fifth of its blocks, of 128 tokens each and at most a quarter of the length.
     """
     quarter = max(1, seqlen // 4)
     window, block = min(_WINDOW, quarter), min(_BLOCK, quarter)
-    made: dict[str, Any] = {
+    sizes: dict[str, dict[str, Any]] = {
         "sliding_window": {"left": window, "right": window},
         "sliding_window_causal": {"left": window},
         "prefix_lm_causal": {"prefix": quarter},
         "global_sliding_window": {"global_tokens": max(1, window // 4), "window": window},
         "block_causal_document": {"block": block},
-    }.get(mask, {})
+        "block_sparse": {"block": min(_SPARSE_BLOCK, quarter), "keep": _KEEP, "seed": seed},
+    }
+    made = sizes.get(mask, {})
     if masks.needs_lengths(mask):
         made["lengths"] = masks.sample_lengths(seqlen, documents, seed)
     if mask == "prefix_lm_document":

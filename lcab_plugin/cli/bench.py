@@ -11,7 +11,7 @@ from rich.text import Text
 from lcab_plugin.cli import bench_cp, bench_peers, output
 from lcab_plugin.cli import bench_options as options
 from lcab_plugin.cli.bench_progress import ended, progress
-from lcab_plugin.cli.parse import integers, names, shape
+from lcab_plugin.cli.parse import integers, names, numbers, shape
 from lcab_plugin.errors import LcabError
 
 if TYPE_CHECKING:
@@ -60,12 +60,18 @@ def bench_kernels(
             "but naive if left out."
         ),
     ] = None,
-    masks: Annotated[str | None, typer.Option(help="Mask families; all twelve if left out.")] = None,
+    masks: Annotated[str | None, typer.Option(help="Mask families; all if left out.")] = None,
     seqlens: Annotated[
         str | None, typer.Option(help="Lengths; by doubling 1024 to 65536 (4096 on a CPU) if left out.")
     ] = None,
     passes: Annotated[
         str | None, typer.Option(help="Of fwd, bwd, fwd+bwd; the first two if left out.")
+    ] = None,
+    blocks: Annotated[
+        str | None, typer.Option(help="Tokens of block_sparse's blocks, such as 64,128; 128 if left out.")
+    ] = None,
+    keeps: Annotated[
+        str | None, typer.Option(help="Shares of block_sparse's blocks, such as 0.1,0.5; 0.2 if left out.")
     ] = None,
     heads: options.Heads = None,
     head_dim: options.HeadDim = None,
@@ -107,6 +113,11 @@ def bench_kernels(
 
     lcab bench kernels --kernels sdpa_flash --seqlens 8192 --heads 8:8 --head-dim 64 --dtype fp32
     --passes fwd+bwd --control --cell-seconds 20
+
+    Block-sparse masks, every block size with every share:
+
+    lcab bench kernels --kernels triton,ffa --masks block_sparse --blocks 64,128 --keeps 0.1,0.5
+    --seqlens 16384
     """
     from lcab_plugin.bench import settings as bench
 
@@ -116,6 +127,8 @@ def bench_kernels(
         "masks": names("--masks", masks),
         "seqlens": integers("--seqlens", seqlens, ","),
         "passes": names("--passes", passes),
+        "blocks": integers("--blocks", blocks, ","),
+        "keeps": numbers("--keeps", keeps),
         "cell_seconds": cell_seconds,
         "dense_gib": dense_gib,
         "baseline": baseline,
@@ -158,6 +171,8 @@ def _measure(settings: Settings, path: Path, resume: bool) -> tuple[list[Record]
 
 def _print(records: list[Record], settings: Settings) -> None:
     """A table for every length and pass, and the reasons of what is missing."""
+    from lcab_plugin.bench.settings import Group
+
     legend = "ms  TFLOP/s"
     if settings.baseline:
         legend += f"  (time / {settings.baseline}'s)"
@@ -168,10 +183,13 @@ def _print(records: list[Record], settings: Settings) -> None:
     for seqlen in sorted({record["seqlen"] for record in records}):
         for step in settings.steps:
             here = {
-                (r["mask"], r["kernel"]): r for r in records if (r["seqlen"], r["pass"]) == (seqlen, step)
+                (Group.of(r), r["kernel"]): r for r in records if (r["seqlen"], r["pass"]) == (seqlen, step)
             }
-            named = [m for m, n in settings.groups if n == seqlen and any(m == mask for mask, _ in here)]
-            lines = [[Text(m, style="bold"), *(_cell(here.get((m, k))) for k in ran)] for m in named]
+            rows = [group for group in settings.groups if any(group == found for found, _ in here)]
+            lines = [
+                [Text(row.label, style="bold"), *(_cell(here.get((row, kernel))) for kernel in ran)]
+                for row in rows
+            ]
             if ran and lines:
                 title = f"{seqlen} tokens, {step}"
                 output.show(output.table(title, ["mask", *(">" + name for name in ran)], lines))
@@ -197,6 +215,8 @@ def _cell(record: Record | None) -> Text:
 
 def _missing(records: list[Record]) -> list[str]:
     """A line for every reason; cells that are too large or too slow, each by other numbers, share one."""
+    from lcab_plugin.bench.cells import mask_label
+
     found: dict[tuple[str, str, str], list[Record]] = {}
     for record in records:
         if not _ok(record):
@@ -206,7 +226,8 @@ def _missing(records: list[Record]) -> list[str]:
             )
     return [
         f"{kernel} {status}, {len(cells)} cell{'s' if len(cells) > 1 else ''} from "
-        f"{cells[0]['mask']} {cells[0]['seqlen']} {cells[0]['pass']} on: {cells[0]['reason']}"
+        f"{mask_label(cells[0]['mask'], cells[0]['parameters'])} {cells[0]['seqlen']} {cells[0]['pass']} on: "
+        f"{cells[0]['reason']}"
         for (kernel, status, _), cells in found.items()
     ]
 

@@ -28,7 +28,7 @@ Dtype = Annotated[
 ]
 Batch = Annotated[int, typer.Option(help="Sequences, all under one mask.")]
 Documents = Annotated[str, typer.Option(help="Corpus that document lengths are sampled like.")]
-Seed = Annotated[int, typer.Option(help="Of the documents and the tensors.")]
+Seed = Annotated[int, typer.Option(help="Of the documents, the sparse blocks and the tensors.")]
 World = Annotated[int | None, typer.Option(help="Processes on this machine; its GPUs, or 2, if left out.")]
 Ulysses = Annotated[
     int | None, typer.Option(help="Its degree in usp and loongtrain; an even split if left out.")

@@ -41,7 +41,7 @@ def describe(
     documents: Annotated[
         str, typer.Option(help="Corpus to sample document lengths from, without --lengths.")
     ] = "pile",
-    seed: Annotated[int, typer.Option(help="Seed of the sampled lengths.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampled lengths and blocks.")] = 0,
     left: Annotated[int | None, typer.Option(help="Earlier keys in the window.")] = None,
     right: Annotated[int | None, typer.Option(help="Later keys in the window.")] = None,
     window: Annotated[int | None, typer.Option(help="Window to both sides.")] = None,
@@ -49,6 +49,7 @@ def describe(
     prefixes: Annotated[str | None, typer.Option(help="Prefix of every document, or one for all.")] = None,
     global_tokens: Annotated[int | None, typer.Option(help="Tokens that see and are seen by all.")] = None,
     block: Annotated[int | None, typer.Option(help="Tokens of a block.")] = None,
+    keep: Annotated[float | None, typer.Option(help="Share of the blocks that a query sees.")] = None,
 ) -> Described:
     """The mask of these options."""
     from lcab_plugin import masks
@@ -61,11 +62,14 @@ def describe(
         "prefixes": _integers("--prefixes", prefixes),
         "global_tokens": global_tokens,
         "block": block,
+        "keep": keep,
         "lengths": _integers("--lengths", lengths),
     }
     params = {key: value for key, value in params.items() if value is not None}
     if "lengths" not in params and masks.needs_lengths(name):
         params["lengths"] = masks.sample_lengths(seqlen, documents, seed)
+    if "seed" in masks.parameters(name):
+        params["seed"] = seed
     mask = masks.from_name(name, seqlen, **params)
     return Described(name, seqlen, len(params["lengths"]) if "lengths" in params else None, mask)
 

@@ -32,9 +32,8 @@ def list_masks(as_json: output.AsJson = False) -> None:
     rows: list[dict[str, Any]] = []
     for name in masks.names():
         builder = getattr(masks, name)
-        parameters = [p for p in inspect.signature(builder).parameters if p != "n"]
         cells = " ".join((inspect.getdoc(builder) or "").split("\n\n")[0].split())
-        rows.append({"name": name, "parameters": parameters, "cells": cells})
+        rows.append({"name": name, "parameters": list(masks.parameters(name)), "cells": cells})
     if as_json:
         output.print_json(rows)
         return

@@ -1,4 +1,4 @@
-"""Option texts of several commands: lists of names, of integers, and the shape of attention's tensors."""
+"""Option texts of several commands: lists of names and of numbers, and the shape of attention's tensors."""
 
 from __future__ import annotations
 
@@ -30,6 +30,16 @@ def integers(option: str, text: str | None, separator: str) -> tuple[int, ...] |
     except ValueError:
         example = "64:8" if separator == ":" else "1024,4096"
         raise LcabError(f"{option} takes integers such as {example}, not {text!r}.") from None
+
+
+def numbers(option: str, text: str | None) -> tuple[float, ...] | None:
+    """Numbers separated by commas; None where the option is left out."""
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise LcabError(f"{option} takes numbers such as 0.1,0.5, not {text!r}.") from None
 
 
 def shape(default: Shape, heads: str | None, head_dim: int | None, dtype: str | None, batch: int) -> Shape:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lcab_plugin.study.settings import Study
     from lcab_plugin.study.state import Result
 
+_COLUMNS = ("kind", "framework", "kernel", "strategy", "degrees", "layout", "mask", "seqlen", "world")
 _STYLES = {"ok": "green", "cannot run": "yellow", "capped": "yellow", "oom": "yellow"}
 
 
@@ -209,28 +210,18 @@ def _show_plan(runner: Runner, as_json: bool) -> None:
 
 
 def _show(results: list[Result]) -> None:
+    from lcab_plugin.report.studies import shown
+
     lines = []
     for result in results:
         status = result.status or "to run"
-        cell = result.cell
-        split = " ".join(f"{name} {n}" for name, n in cell.degrees.items())
-        what = (cell.kind, cell.framework, cell.kernel, cell.strategy, split, cell.layout, cell.mask)
-        shown = [Text(str(x or "-")) for x in (*what, cell.seqlen, cell.world)]
+        cell = shown(result.to_dict())
+        cell["degrees"] = " ".join(f"{name} {n}" for name, n in cell["degrees"].items())
+        words = [Text(str(cell[name] or "-")) for name in _COLUMNS]
         lines.append(
-            [*shown, Text(status, style=_STYLES.get(status, "" if not result.status else "bold red"))]
+            [*words, Text(status, style=_STYLES.get(status, "" if not result.status else "bold red"))]
         )
-    columns = [
-        "kind",
-        "framework",
-        "kernel",
-        "strategy",
-        "degrees",
-        "layout",
-        "mask",
-        ">tokens",
-        ">ranks",
-        "status",
-    ]
+    columns = [*_COLUMNS[:-2], ">tokens", ">ranks", "status"]
     output.show(output.table(None, columns, lines))
     reasons: dict[tuple[str, str], int] = {}
     for result in results:

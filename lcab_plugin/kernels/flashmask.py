@@ -47,7 +47,7 @@ class FlashMask:
         devices=("cuda",),
         dtypes=(torch.bfloat16, torch.float16),
         head_dims="multiples of 8 up to 256 (Hopper only); deterministic up to 128",
-        native="at most two hidden intervals of rows a key: all twelve, by start and end rows",
+        native="at most two hidden intervals of rows a key, by start and end rows",
         lowering=f"one call per visible interval of a key, at most {MAX_CALLS}",
         softcap=True,
     )

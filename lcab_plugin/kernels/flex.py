@@ -2,8 +2,9 @@
 
 The mask reaches it twice: as a ``BlockMask`` laid out from ``mask.block_map`` (empty blocks are never
 touched, full ones skip the mask), and inside partial blocks as one mask_mod that compares a key with the
-few intervals of keys that its row sees. Both are tensors, so another mask of the same lengths is another
-input of the same compiled kernel.
+few intervals of keys that its row sees, or, for more of them on a grid (block-sparse masks), looks its block
+of the grid up. Both are tensors, so another mask of the same lengths is another input of the same compiled
+kernel.
 
 Backward: the public function takes no ``out`` and ``lse`` from outside, so it computes the forward once more
 under autograd and weights both of its outputs (one forward more than a fused backward; nothing is kept
@@ -34,6 +35,8 @@ from lcab_plugin.masks.geometry import NO_HI, NO_LO, Ints, expand
 
 BLOCK = 128  # FlexAttention's default, and a multiple of every tile its templates choose
 MAX_INTERVALS = 8  # of visible keys in one row; the mask_mod compares with each of them
+LEAST_GRAIN = 16  # tokens of a grid's block
+MAX_GRID = 1 << 24  # blocks of a grid, a byte each
 WHOLE_TABLE = (
     1 << 20
 )  # entries of a block table up to which its width does not depend on the mask: 128K tokens
@@ -49,7 +52,8 @@ class Flex:
         devices=("cpu", "cuda"),
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
         head_dims="16 to 256",
-        native=f"every mask with at most {MAX_INTERVALS} runs of visible keys in a row; forward only on CPU",
+        native=f"every mask with at most {MAX_INTERVALS} runs of visible keys in a row, or on a grid of "
+        f"{LEAST_GRAIN} tokens or more; forward only on CPU",
         lowering="none",
         softcap=True,
         value_dim=True,
@@ -88,7 +92,7 @@ class Flex:
             return "FlexAttention has no backward on a CPU"
         if q.is_cpu and options.softcap is not None:
             return "FlexAttention's CPU kernel returns no lse, and under a soft cap it cannot be recovered"
-        if (runs := _runs(mask)) > MAX_INTERVALS:
+        if (runs := _runs(mask)) > MAX_INTERVALS and not _grain(mask):
             return f"a row of this mask sees {runs} separate runs of keys, and it compares {MAX_INTERVALS}"
         return _unfit(q, k, v)
 
@@ -169,6 +173,7 @@ class _Signature(NamedTuple):
     dim: int
     value_dim: int
     runs: int  # intervals a row may have
+    grain: int  # tokens of a grid's block, 0 for a mask by intervals
     scale: float
     softcap: float | None
     with_lse: bool
@@ -180,7 +185,7 @@ def attend(
 ) -> Any:
     """The compiled ``flex_attention``: ``out [b, t, h, dv]`` and, where wanted, ``lse [b, h, t]``."""
     (heads, dim), value_dim = q.shape[2:], v.shape[-1]
-    shapes = q.device.type, q.dtype, heads, k.shape[2], dim, value_dim, table.runs
+    shapes = q.device.type, q.dtype, heads, k.shape[2], dim, value_dim, table.runs, table.grain
     signature = _Signature(*shapes, options.scale, options.softcap, with_lse, torch.is_grad_enabled())
     return compiled(signature)(q, k, v, table.block_mask)
 
@@ -237,6 +242,15 @@ def visible_in(starts: Tensor, stops: Tensor) -> Callable[[Tensor, Tensor, Tenso
     return visible
 
 
+def visible_at(grid: Tensor, grain: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The mask_mod of a mask on a grid of blocks of ``grain`` tokens, bool [query blocks, key blocks]."""
+
+    def visible(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return grid[q_idx // grain, kv_idx // grain]
+
+    return visible
+
+
 def _capped(cap: float) -> Callable[..., Tensor]:
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return cap * torch.tanh(score / cap)
@@ -245,10 +259,12 @@ def _capped(cap: float) -> Callable[..., Tensor]:
 
 
 class BlockTable(NamedTuple):
-    """A mask as the compiled kernel reads it; ``runs`` is the number of intervals its mask_mod compares."""
+    """A mask as the compiled kernel reads it; ``runs`` is the number of intervals its mask_mod compares, or
+    ``grain`` the block of the grid it looks up."""
 
     block_mask: Any
     runs: int
+    grain: int = 0
 
 
 @lru_cache(maxsize=16)  # each may hold four index tables of WHOLE_TABLE entries on the device
@@ -256,7 +272,13 @@ def block_table(mask: AttentionMask, device: torch.device, least_runs: int = 2) 
     """``mask`` as FlexAttention's ``BlockMask`` on ``device``."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    starts, stops = intervals(mask, least_runs)
+    grain = _grain(mask) if _runs(mask) > MAX_INTERVALS else 0
+    if grain:
+        grid = torch.from_numpy(mask.block_map(grain, grain).to_dense() == FULL)
+        runs, visible = 0, visible_at(grid.to(device), grain)
+    else:
+        starts, stops = intervals(mask, least_runs)
+        runs, visible = len(starts), visible_in(starts.to(device), stops.to(device))
     rows, columns, kinds = _blocks(mask)
     shape = -(-mask.q_len // BLOCK), -(-mask.k_len // BLOCK)
 
@@ -269,10 +291,9 @@ def block_table(mask: AttentionMask, device: torch.device, least_runs: int = 2) 
             counts, indices = _ordered(at[0][of], at[1][of], shape[::step][0], width)
             tables[f"{prefix}{name}_num_blocks"] = counts.to(device)
             tables[f"{prefix}{name}_indices"] = indices.to(device)
-    visible = visible_in(starts.to(device), stops.to(device))
     lengths = (mask.q_len, mask.k_len)
     block_mask = BlockMask(lengths, **tables, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=visible)
-    return BlockTable(block_mask, len(starts))
+    return BlockTable(block_mask, runs, grain)
 
 
 def intervals(mask: AttentionMask, least: int = 2) -> tuple[Tensor, Tensor]:
@@ -287,6 +308,18 @@ def intervals(mask: AttentionMask, least: int = 2) -> tuple[Tensor, Tensor]:
 def _runs(mask: AttentionMask) -> int:
     """The most separate runs of keys that one row sees."""
     return len(mask.row_intervals()[0])
+
+
+@lru_cache(maxsize=512)
+def _grain(mask: AttentionMask) -> int:
+    """The largest blocks of a grid that no edge of this mask cuts; 0 under bands or where it is too fine."""
+    edges, limits = mask.array[:, :4], mask.array[:, 4:]
+    if (limits != [NO_LO, NO_HI]).any():
+        return 0
+    inner = np.where(edges == [mask.q_len, mask.q_len, mask.k_len, mask.k_len], 0, edges)
+    grain = int(np.gcd.reduce(inner, axis=None))
+    fits = grain >= LEAST_GRAIN and (mask.q_len // grain + 1) * (mask.k_len // grain + 1) <= MAX_GRID
+    return grain if fits else 0
 
 
 def _blocks(mask: AttentionMask) -> tuple[Ints, Ints, Ints]:

@@ -3,6 +3,7 @@
 from lcab_plugin.masks.blocks import EMPTY, FULL, PARTIAL, BlockMap
 from lcab_plugin.masks.builders import (
     block_causal_document,
+    block_sparse,
     causal,
     causal_blockwise,
     causal_document,
@@ -12,6 +13,7 @@ from lcab_plugin.masks.builders import (
     global_sliding_window,
     names,
     needs_lengths,
+    parameters,
     prefix_lm_causal,
     prefix_lm_document,
     share_question,
@@ -33,6 +35,7 @@ __all__ = [
     "AttnSlice",
     "BlockMap",
     "block_causal_document",
+    "block_sparse",
     "causal",
     "causal_blockwise",
     "causal_document",
@@ -46,6 +49,7 @@ __all__ = [
     "global_sliding_window",
     "names",
     "needs_lengths",
+    "parameters",
     "prefix_lm_causal",
     "prefix_lm_document",
     "sample_lengths",

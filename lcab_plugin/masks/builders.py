@@ -6,24 +6,27 @@ query i sees key j, with doc(i) the document of position i and start(i) that doc
 Windows are inclusive: `left` earlier keys and the diagonal. Windows, prefixes and blocks may be longer than
 the sequence. Documents of length 0 vanish, as if they were not listed.
 
-Every builder raises LcabError for sizes that are not integers of at least 0.
+Every builder raises LcabError for sizes and seeds that are not integers of at least 0.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lcab_plugin.errors import LcabError, unknown
-from lcab_plugin.masks.checks import integers, size
-from lcab_plugin.masks.geometry import NO_HI, NO_LO, Ints, expand
+from lcab_plugin.masks.checks import integers, share, size
+from lcab_plugin.masks.geometry import NO_HI, NO_LO, Ints, expand, runs
 from lcab_plugin.masks.slices import AttentionMask
 
 Lengths = Sequence[int] | Ints | torch.Tensor
+
+_DRAWN_AT_ONCE = 1 << 24  # random numbers of block_sparse, 64 MB
 
 
 def full(n: int) -> AttentionMask:
@@ -124,6 +127,29 @@ def block_causal_document(lengths: Lengths, block: int) -> AttentionMask:
     return _mask(_total(end), _columns(q_start, q_end, first, q_end, NO_LO, NO_HI))
 
 
+def block_sparse(n: int, block: int, keep: float, seed: int = 0) -> AttentionMask:
+    """j // block is one of the blocks drawn for i // block: its own, and others at random.
+
+    Each block of queries sees max(1, floor(keep * blocks)) blocks of keys of as many positions (the last may
+    be short), 0 < keep <= 1, drawn without replacement by numpy's Generator of `seed`. One pattern serves all
+    heads.
+
+    LongCA-bench's uniform block-sparse masks (longca_bench/attn/run_block_sparse_benchmark.py) keep as many
+    blocks of a row, drawn uniformly as well; but there each key/value head has a pattern of its own, and a
+    query's own block is drawn like any other. It runs keep = 0.1, 0.2, 0.5, 0.8 and 1 with blocks of 64 and
+    128 at 16K and 48K tokens.
+    """
+    n, seed = size("n", n), size("seed", seed)
+    block, keep = min(size("block", block, least=1), max(n, 1)), share("keep", keep)
+    row, first, last = _adjacent(_drawn(-(-n // block), keep, np.random.default_rng(seed)))
+    order = np.lexsort((row, last, first))  # the same run in rows that follow one another is one slice
+    row, first, last = row[order], first[order], last[order]
+    breaks = (np.diff(row) != 1) | (np.diff(first) != 0) | (np.diff(last) != 0)
+    top, bottom = runs(breaks, len(row))
+    edges = np.stack([row[top], row[bottom] + 1, first[top], last[top]], axis=1) * block
+    return _mask(n, _columns(*np.minimum(edges, n).T, NO_LO, NO_HI))
+
+
 _FAMILIES: dict[str, Callable[..., AttentionMask]] = {
     builder.__name__: builder
     for builder in (
@@ -139,35 +165,41 @@ _FAMILIES: dict[str, Callable[..., AttentionMask]] = {
         prefix_lm_document,
         global_sliding_window,
         block_causal_document,
+        block_sparse,
     )
 }
 
 
 def names() -> tuple[str, ...]:
-    """The twelve mask families."""
+    """The mask families."""
     return tuple(_FAMILIES)
+
+
+def parameters(name: str) -> tuple[str, ...]:
+    """What from_name takes for this family besides n. LcabError for an unknown name."""
+    return tuple(p for p in _signature(name) if p != "n")
 
 
 def needs_lengths(name: str) -> bool:
     """Whether from_name wants `lengths` for this family of documents. LcabError for an unknown name."""
-    return "lengths" in _parameters(name)
+    return "lengths" in parameters(name)
 
 
 def from_name(name: str, n: int, **params: Any) -> AttentionMask:
     """The mask family `name` over n tokens.
 
     `params` are the builder's own: `lengths` (summing to n) for the document families, `left`, `right`,
-    `prefix`, `prefixes`, `global_tokens`, `window`, `block`. For the two sliding windows `window=w` stands
-    for left=w, and right=w where there is one. Raises LcabError for an unknown name and for parameters
-    unknown, missing or that do not fit n.
+    `prefix`, `prefixes`, `global_tokens`, `window`, `block`, `keep`, `seed` (0 if left out). For the two
+    sliding windows `window=w` stands for left=w, and right=w where there is one. Raises LcabError for an
+    unknown name and for parameters unknown, missing or that do not fit n.
     """
-    accepted = _parameters(name)
+    wanted = parameters(name)
     n = size("n", n)
     if name.startswith("sliding_window") and "window" in params and not {"left", "right"} & params.keys():
         window = params.pop("window")
-        params.update({side: window for side in accepted if side != "n"})
-    wanted = [p for p in accepted if p != "n"]
-    if set(params) != set(wanted):
+        params.update(dict.fromkeys(wanted, window))
+    required = {p for p in wanted if _signature(name)[p].default is inspect.Parameter.empty}
+    if not required <= set(params) <= set(wanted):
         takes = ", ".join(wanted).replace("lengths", f"lengths (of its documents, summing to n = {n})")
         given = ", ".join(params) or "nothing"
         raise LcabError(f"mask {name!r} takes {takes or 'no parameters'} besides n, but was given {given}.")
@@ -179,10 +211,10 @@ def from_name(name: str, n: int, **params: Any) -> AttentionMask:
     return _FAMILIES[name](n, **params)
 
 
-def _parameters(name: str) -> tuple[str, ...]:
+def _signature(name: str) -> Mapping[str, inspect.Parameter]:
     if name not in _FAMILIES:
         raise unknown("mask", name, _FAMILIES)
-    return tuple(inspect.signature(_FAMILIES[name]).parameters)
+    return inspect.signature(_FAMILIES[name]).parameters
 
 
 def _mask(n: int, slices: Ints | list[tuple[int, ...]]) -> AttentionMask:
@@ -211,6 +243,26 @@ def _documents_with(lengths: Lengths, prefixes: int | Lengths) -> tuple[Ints, In
     if len(prefix) != len(array):
         raise LcabError(f"prefixes must have one entry a document: {len(prefix)} for {len(array)} documents.")
     return *_documents(array), prefix[array > 0]
+
+
+def _drawn(blocks: int, keep: float, rng: np.random.Generator) -> NDArray[np.bool_]:
+    """[blocks, blocks]: as many True in every row, one of them on the diagonal."""
+    kept = max(1, int(keep * blocks + 1e-9))  # 0.29 * 100 is 28.999999999999996
+    chosen = np.zeros((blocks, blocks), dtype=bool)
+    step = max(1, _DRAWN_AT_ONCE // max(blocks, 1))
+    for begin in range(0, blocks, step):
+        part = chosen[begin : begin + step]
+        lots = rng.random(part.shape, dtype=np.float32)
+        np.fill_diagonal(lots[:, begin:], -1.0)
+        np.put_along_axis(part, np.argpartition(lots, kept - 1, axis=1)[:, :kept], True, axis=1)
+    return chosen
+
+
+def _adjacent(chosen: NDArray[np.bool_]) -> tuple[Ints, Ints, Ints]:
+    """Row, first column and one past the last of each run of True in a row."""
+    padded = np.pad(chosen, ((0, 0), (1, 1)))
+    row, column = np.nonzero(padded[:, 1:] != padded[:, :-1])  # where runs begin and end, in turn
+    return row[::2], column[::2], column[1::2]
 
 
 def _total(end: Ints) -> int:

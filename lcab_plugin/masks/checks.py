@@ -1,4 +1,4 @@
-"""Integers as users give them, checked: each error names the argument and the value."""
+"""Numbers as users give them, checked: each error names the argument and the value."""
 
 from __future__ import annotations
 
@@ -20,6 +20,17 @@ def size(name: str, value: Any, least: int = 0) -> int:
         number = least - 1
     if number < least or isinstance(value, bool):
         raise LcabError(f"{name} must be an integer of at least {least}, not {value!r}.")
+    return number
+
+
+def share(name: str, value: Any) -> float:
+    """`value` as a float above 0 and at most 1."""
+    try:
+        number = 0.0 if isinstance(value, bool) else float(operator.index(value))
+    except TypeError:
+        number = float(value) if isinstance(value, (float, np.floating)) else 0.0
+    if not 0.0 < number <= 1.0:  # NaN is not
+        raise LcabError(f"{name} must be a number above 0 and at most 1, not {value!r}.")
     return number
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lcab_plugin.masks.geometry import Ints, expand
+from lcab_plugin.masks.geometry import Ints, expand, runs
 
 
 def row_intervals(slices: Ints, q_len: int) -> tuple[Ints, Ints]:
@@ -13,18 +13,31 @@ def row_intervals(slices: Ints, q_len: int) -> tuple[Ints, Ints]:
     Intervals of a row ascend and never touch; n is the most that a row has (at least 1) and the unused ones
     are [0, 0). Slices must be tight and disjoint.
     """
-    owner, row = expand(slices[:, 0], slices[:, 1] - slices[:, 0])
-    _, _, k0, k1, lo, hi = slices[owner].T
-    start, stop = np.maximum(k0, row + lo), np.minimum(k1, row + hi + 1)
-    order = np.lexsort((start, row))
-    row, start, stop = row[order], start[order], stop[order]
-    joins = (row[1:] == row[:-1]) & (start[1:] == stop[:-1])
-    first, last = np.flatnonzero(np.append(True, ~joins)), np.flatnonzero(np.append(~joins, True))
-    if not len(row):
-        first = last = np.empty(0, dtype=np.int64)
+    owner, row = _in_order(slices)
+    start = np.maximum(slices[owner, 2], row + slices[owner, 4])
+    stop = np.minimum(slices[owner, 3], row + slices[owner, 5] + 1)
+    first, last = runs((row[1:] != row[:-1]) | (start[1:] != stop[:-1]), len(row))
     row, start, stop = row[first], start[first], stop[last]
-    rank = np.arange(len(row)) - np.searchsorted(row, row)
-    n = int(rank.max(initial=0)) + 1
+    counts = np.bincount(row, minlength=q_len)
+    rank = np.arange(len(row)) - (np.cumsum(counts) - counts)[row]
+    n = int(counts.max(initial=1))
     starts, stops = np.zeros((n, q_len), dtype=np.int64), np.zeros((n, q_len), dtype=np.int64)
     starts[rank, row], stops[rank, row] = start, stop
     return starts, stops
+
+
+def _in_order(slices: Ints) -> tuple[Ints, Ints]:
+    """All (slice, row) with the row in the slice, by rows and in these by keys.
+
+    Slices are sorted where one of them begins or ends, not in every row: between, they keep their order, for
+    the edges of a slice move by at most a key a row, and so none jumps over another that it never meets.
+    """
+    edges = np.unique(slices[:, :2])
+    begin, end = np.searchsorted(edges, slices[:, 0]), np.searchsorted(edges, slices[:, 1])
+    owner, band = expand(begin, end - begin)  # a band is the rows between two edges
+    owner = owner[np.lexsort((np.maximum(slices[owner, 2], edges[band] + slices[owner, 4]), band))]
+    inside = np.bincount(band, minlength=max(len(edges) - 1, 0))  # slices of every band
+    offset = np.cumsum(inside) - inside
+    band, at = expand(np.zeros_like(inside), inside * np.diff(edges))
+    down, across = np.divmod(at, inside[band])
+    return owner[offset[band] + across], edges[band] + down

@@ -4,6 +4,7 @@ side by side, one for each mask."""
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -90,14 +91,21 @@ def matrix(name: str, caption: str, cells: Iterable[Record], grid: Grid, quantit
 
 def _ordered(names: Iterable[str], first: str | None) -> list[str]:
     """Masks as they are listed everywhere, other names by the alphabet, but for the one that is first."""
-    known = {name: i for i, name in enumerate(masks.names())}
-    return sorted(names, key=lambda name: (name != first, known.get(name, -1), name))
+    return sorted(names, key=lambda name: (name != first, place(name)))
 
 
 def by_mask(cells: Iterable[Record], line: Name) -> list[Record]:
     """The cells in the order in which masks and lines are shown everywhere."""
-    known = {name: i for i, name in enumerate(masks.names())}
-    return sorted(cells, key=lambda c: (known.get(c["mask"], len(known)), c["mask"], line(c)))
+    return sorted(cells, key=lambda c: (place(c["mask"], len(masks.names())), line(c)))
+
+
+def place(label: str, otherwise: int = -1) -> tuple[int, list[float], str]:
+    """Of a mask by its family, then by the numbers in its label; ``otherwise``: of names that are none."""
+    families = masks.names()
+    family = label.partition(" ")[0]
+    if family not in families:
+        return otherwise, [], label
+    return families.index(family), [float(x) for x in re.findall(r"\d+(?:\.\d+)?", label)], label
 
 
 def styles(names: Iterable[str]) -> dict[str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
-from lcab_plugin.bench.cells import PASSES
+from lcab_plugin.bench.cells import PASSES, mask_label
 from lcab_plugin.report import grids
 from lcab_plugin.report.grids import Quantity
 from lcab_plugin.report.section import Heading, Section, Text
@@ -14,7 +14,7 @@ from lcab_plugin.report.tables import listing
 from lcab_plugin.training.schema import Record
 
 IDENTITY = (
-    *("kernel", "mask", "digest", "seqlen", "batch", "heads", "kv_heads", "head_dim"),
+    *("kernel", "mask", "parameters", "digest", "seqlen", "batch", "heads", "kv_heads", "head_dim"),
     *("dtype", "pass", "hardware"),
 )
 _ERRORS = ("error_out", "error_dq", "error_dk", "error_dv")
@@ -71,7 +71,7 @@ def shape_words(record: Record) -> str:
 
 def section(found: Iterable[Record]) -> Section:
     """Of the cells of all files."""
-    cells = latest(found, IDENTITY)
+    cells = [{**r, "mask": mask_label(r["mask"], r.get("parameters") or {})} for r in latest(found, IDENTITY)]
     made = Section("kernels", "Kernels")
     made.blocks.append(
         Text(

@@ -7,10 +7,11 @@ from html import escape
 from typing import Any
 
 from lcab_plugin import masks
+from lcab_plugin.bench.cells import mask_label
 from lcab_plugin.bench.settings import default_parameters
 from lcab_plugin.errors import LcabError
 from lcab_plugin.masks import AttentionMask
-from lcab_plugin.report import draw
+from lcab_plugin.report import draw, grids
 from lcab_plugin.report.section import Section, Text
 from lcab_plugin.report.svg import tokens
 from lcab_plugin.report.tables import Table, Value, value
@@ -34,23 +35,25 @@ def rebuild(record: Record) -> AttentionMask | None:
 
 
 def section(cells: Iterable[Record]) -> Section:
-    """One picture of every family, at the longest length it was measured at."""
+    """One picture of every mask, at the longest length it was measured at."""
     longest: dict[str, Record] = {}
     distinct: set[str] = set()
     for cell in cells:
         distinct.add(cell["digest"])
-        if cell["mask"] not in longest or cell["seqlen"] > longest[cell["mask"]]["seqlen"]:
-            longest[cell["mask"]] = cell
+        label = mask_label(cell["mask"], cell.get("parameters") or {})
+        if label not in longest or cell["seqlen"] > longest[label]["seqlen"]:
+            longest[label] = cell
+    families = {cell["mask"] for cell in longest.values()}
     made = Section("masks", "Masks")
     made.blocks.append(
         Text(
-            f"{len(distinct)} masks of {len(longest)} families were measured; each family at its longest. "
+            f"{len(distinct)} masks of {len(families)} families were measured; each at its longest. "
             "Queries downwards, keys to the right; what is visible is filled in. A mask is made again from "
             "the record's parameters and drawn if it has the record's digest."
         )
     )
     figures, rows = [], []
-    for name, cell in longest.items():
+    for name, cell in sorted(longest.items(), key=lambda item: grids.place(item[0])):
         mask = rebuild(cell)
         share = None if mask is None else mask.area / (mask.q_len * mask.k_len)
         if mask is not None:

@@ -18,16 +18,17 @@ from lcab_plugin.config import AttentionConfig
 from lcab_plugin.context_parallel.topology import AXES
 from lcab_plugin.context_parallel.ulysses import require_heads
 from lcab_plugin.errors import LcabError
+from lcab_plugin.planner import AUTO
 from lcab_plugin.study.settings import CpSweep, Degrees, KernelsSweep, Study, Sweep, TrainingSweep
 
 _AXES = {"kind", "kernels", "masks", "seqlens", "seqlens_per_rank", "strategies", "degrees", "layouts"}
-_AXES |= {"worlds", "frameworks"}
+_AXES |= {"worlds", "frameworks", "blocks", "keeps"}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination. ``settings``: the sweep's, which all its cells have in common. ``reason``: why it
-    cannot run. What a kind does not have is None, or 1 rank."""
+    """One combination. ``settings``: the sweep's, which all its cells have in common. ``parameters``: of the
+    mask, where they are axes. ``reason``: why it cannot run. What a kind does not have is None, or 1 rank."""
 
     kind: str
     kernel: str
@@ -39,6 +40,7 @@ class Cell:
     layout: str | None = None
     world: int = 1
     framework: str | None = None
+    parameters: dict[str, Any] = field(default_factory=dict, hash=False)
     reason: str | None = field(default=None, compare=False)
 
     @property
@@ -50,7 +52,7 @@ class Cell:
     def id(self) -> str:
         """Readable, and different for any two cells: names folders, and finds what ran before."""
         split = "".join(f"{name[0]}{n}" for name, n in self.degrees.items() if isinstance(n, int))
-        asked = (self.kind, self.framework, self.mask, self.seqlen, f"w{self.world}", self.kernel)
+        asked = (self.kind, self.framework, self._mask, self.seqlen, f"w{self.world}", self.kernel)
         parts = (*asked, self.strategy, split, self.layout, _digest(self.facts))
         return "-".join(str(part) for part in parts if part)
 
@@ -61,8 +63,13 @@ class Cell:
         shared = self.facts
         if self.kind != "training":
             shared.pop("kernel" if self.kind == "kernels" else "strategy")
-        label = f"{self.kind}-{self.mask}-{self.seqlen}-w{self.world}"
+        label = f"{self.kind}-{self._mask}-{self.seqlen}-w{self.world}"
         return f"{label}-{_digest(shared)}"
+
+    @property
+    def _mask(self) -> str:
+        """Of its folder's name."""
+        return "-".join([self.mask, *(f"{name[0]}{value:g}" for name, value in self.parameters.items())])
 
 
 def expand(study: Study, placed: Callable[[int], Any]) -> list[Cell]:
@@ -87,8 +94,9 @@ def expand(study: Study, placed: Callable[[int], Any]) -> list[Cell]:
 def _product(sweep: Sweep) -> Iterator[Cell]:
     settings = {name: value for name, value in sweep.model_dump().items() if name not in _AXES}
     if isinstance(sweep, KernelsSweep):
-        for seqlen, mask, kernel in product(sorted(set(sweep.seqlens)), sweep.masks, sweep.kernels):
-            yield Cell("kernels", kernel, mask, seqlen, settings)
+        for seqlen, mask in product(sorted(set(sweep.seqlens)), sweep.masks):
+            for parameters, kernel in product(_parameters(sweep, mask), sweep.kernels):
+                yield Cell("kernels", kernel, mask, seqlen, settings, parameters=parameters)
         return
     frameworks = sweep.frameworks if isinstance(sweep, TrainingSweep) else [None]
     for world in sweep.worlds:
@@ -100,8 +108,17 @@ def _product(sweep: Sweep) -> Iterator[Cell]:
                 yield Cell(sweep.kind, kernel, mask, seqlen, settings, strategy, taken, own, world, framework)
 
 
+def _parameters(sweep: KernelsSweep, mask: str) -> list[dict[str, Any]]:
+    """Of a mask, each combination of those that are axes."""
+    if mask != "block_sparse":
+        return [{}]
+    return [{"block": b, "keep": k} for b, k in product(sweep.blocks or (), sweep.keeps or ())]
+
+
 def _taken(degrees: Degrees, strategy: str) -> dict[str, Any]:
-    """The degrees that mean something to a strategy: those of axes it has, of several."""
+    """The degrees that mean something to a strategy: those of axes it has, of several. `auto` chooses its."""
+    if strategy == AUTO:
+        return {}
     axes = AXES[strategy]
     known = {n: d for n, d in degrees.model_dump(exclude_defaults=True).items() if n in (*axes, "placement")}
     if len(axes) < 2:
@@ -122,7 +139,7 @@ def _require(cell: Cell, sweep: Sweep, here: bool) -> None:
 @cache
 def _missing(kernel: str) -> str | None:
     """Why this machine has not this kernel; None where it has."""
-    if kernel in contenders.BASELINES:
+    if kernel in (*contenders.BASELINES, AUTO):
         return None
     try:
         return kernels.get(kernel).unavailable()
@@ -142,7 +159,7 @@ def _cp_ulysses(cell: Cell) -> int:
 def _require_shared(cell: Cell, ranks: int, ulysses: int, heads: tuple[int, int]) -> None:
     """Heads and tokens can be dealt to the ranks that share a sequence."""
     require_heads(*heads, ulysses, ranks)
-    if cell.layout is not None and cell.layout != "balanced":  # that one follows the mask, whatever it is
+    if cell.layout not in (None, "balanced", AUTO):  # balanced follows the mask, whatever it is
         layout.make(cell.layout, ranks, cell.seqlen)
 
 
@@ -157,8 +174,8 @@ def _require_training(cell: Cell, sweep: TrainingSweep, here: bool) -> None:
     if cell.world % (ranks * model):
         shared = f"{model} model- x " if model > 1 else ""
         raise LcabError(f"{shared}{ranks} context-parallel ranks do not divide {cell.world} ranks.")
-    degrees = config.degrees(ranks)
-    _require_shared(cell, ranks, degrees.get("ulysses", 1), sweep.heads_of_preset)
+    ulysses = 1 if cell.strategy == AUTO else config.degrees(ranks).get("ulysses", 1)
+    _require_shared(cell, ranks, ulysses, sweep.heads_of_preset)
     replicas, batch = cell.world // (ranks * model), sweep.global_batch or cell.world
     if batch % (share := sweep.micro_batch * replicas):
         raise LcabError(

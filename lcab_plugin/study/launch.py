@@ -69,6 +69,7 @@ def program(launch: Launch, folder: Path, device: str) -> list[str]:
     }
     if cell.kind == "kernels":
         flags |= {"kernels": ",".join(c.kernel for c in launch.cells), "device": device}
+        flags |= {f"{name}s": value for name, value in cell.parameters.items()}
         return [*_MODULE, "bench", "kernels", *_words(flags)]
     flags |= {
         "strategies": ",".join(str(c.strategy) for c in launch.cells),

@@ -16,16 +16,19 @@ from lcab_plugin.bench.settings import DTYPES
 from lcab_plugin.context_parallel.topology import PLACEMENTS, strategy_name
 from lcab_plugin.errors import LcabError, unknown
 from lcab_plugin.layout import LAYOUTS
+from lcab_plugin.planner import AUTO
 from lcab_plugin.study import document
 from lcab_plugin.study.document import Document, Place
 from lcab_plugin.training.gpt import PRESETS
 
 LAUNCHERS = ("local", "deepspeed", "torchrun", "slurm")
 SSH_NONE = "none"
+_NAMES_ONLY = "'auto' is for training sweeps, where the planner chooses: a benchmark measures what is named."
 
 Count = Annotated[int, Field(ge=1)]
 Counts = Annotated[list[Count], Field(min_length=1)]
 Names = Annotated[list[str], Field(min_length=1)]
+Shares = Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)]
 Seconds = Annotated[float, Field(gt=0)]
 
 
@@ -108,7 +111,8 @@ class _Timed(_Sweep):
 
 
 class _Sharded(_Sweep):
-    """Sweeps over ranks that share a sequence. Lengths are global, or of each rank."""
+    """Sweeps over ranks that share a sequence. Lengths are global, or of each rank. Of kernels, strategies
+    and layouts one may be `auto`."""
 
     strategies: Names
     degrees: Annotated[list[Degrees], Field(min_length=1)] = [Degrees()]
@@ -120,17 +124,17 @@ class _Sharded(_Sweep):
     @field_validator("kernels")
     @classmethod
     def _kernels(cls, names: list[str]) -> list[str]:
-        return _known("kernel", names, kernels.names())
+        return _known("kernel", names, (*kernels.names(), AUTO))
 
     @field_validator("strategies")
     @classmethod
     def _strategies(cls, names: list[str]) -> list[str]:
-        return list(dict.fromkeys(map(strategy_name, names)))
+        return list(dict.fromkeys(name if name == AUTO else strategy_name(name) for name in names))
 
     @field_validator("layouts")
     @classmethod
     def _layouts(cls, names: list[str]) -> list[str]:
-        return _known("layout", names, LAYOUTS)
+        return _known("layout", names, (*LAYOUTS, AUTO))
 
     @model_validator(mode="after")
     def _lengths(self) -> _Sharded:
@@ -144,15 +148,31 @@ class _Sharded(_Sweep):
 
 
 class KernelsSweep(_Timed):
-    """kernels x masks x lengths on one device, by `lcab bench kernels`."""
+    """kernels x masks x lengths on one device, by `lcab bench kernels`. ``blocks`` and ``keeps``: axes of
+    block_sparse, the tokens of its blocks and the shares of them that a query sees."""
 
     kind: Literal["kernels"]
     seqlens: Counts
+    blocks: Counts | None = None
+    keeps: Shares | None = None
 
     @field_validator("kernels")
     @classmethod
     def _kernels(cls, names: list[str]) -> list[str]:
+        if AUTO in names:
+            raise LcabError(_NAMES_ONLY)
         return _known("kernel", names, (*kernels.names(), *contenders.BASELINES))
+
+    @model_validator(mode="after")
+    def _sparse(self) -> KernelsSweep:
+        given = self.blocks is not None, self.keeps is not None
+        if any(given) and "block_sparse" not in self.masks:
+            raise LcabError("blocks and keeps are of block_sparse, which is not among the masks; name it.")
+        if "block_sparse" in self.masks and not all(given):
+            raise LcabError(
+                "block_sparse needs blocks and keeps, such as blocks: [64] and keeps: [0.1, 0.5]."
+            )
+        return self
 
 
 class CpSweep(_Timed, _Sharded):
@@ -163,6 +183,8 @@ class CpSweep(_Timed, _Sharded):
 
     @model_validator(mode="after")
     def _of_the_bench(self) -> CpSweep:
+        if AUTO in (*self.kernels, *self.strategies, *self.layouts):
+            raise LcabError(_NAMES_ONLY)
         if "none" in self.strategies:
             raise LcabError("strategy 'none' is measured by `baseline: single`; name strategies that share.")
         if any(d.ring for d in self.degrees):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lcab_plugin.errors import LcabError
+from lcab_plugin.planner import AUTO, SETTINGS
 from lcab_plugin.study.cells import Cell
 from lcab_plugin.study.launch import Launch, records_of
 from lcab_plugin.study.processes import Outcome
@@ -31,13 +32,15 @@ _WORST = ("error", "oom", "capped", "unsupported", "ok")  # of a cell's passes
 @dataclass(frozen=True)
 class Result:
     """How a cell ended, as far as it did: ``status`` is ok, cannot run, capped, oom, error, timeout or None
-    (not yet). ``tries``: launches that it has ended in; ``records``: where, from the study's folder."""
+    (not yet). ``tries``: launches that it has ended in; ``records``: where, from the study's folder;
+    ``chosen``: what its last run put for `auto`."""
 
     cell: Cell
     status: str | None = None
     reason: str | None = None
     tries: int = 0
     records: str | None = None
+    chosen: dict[str, Any] | None = None
 
     @property
     def settled(self) -> bool:
@@ -118,7 +121,8 @@ class State:
                     ended = "error", ended[1]
             if ended is not None:
                 where = str(path.relative_to(self.out)) if lines else None
-                self._results[name] = Result(before.cell, *ended, before.tries + 1, where)
+                chosen = _chosen(before.cell, lines)
+                self._results[name] = Result(before.cell, *ended, before.tries + 1, where, chosen)
 
 
 def _measured(cell: Cell, lines: list[dict[str, Any]]) -> tuple[str, str | None] | None:
@@ -135,6 +139,16 @@ def _measured(cell: Cell, lines: list[dict[str, Any]]) -> tuple[str, str | None]
 
 def _trained(lines: list[dict[str, Any]]) -> tuple[str, None] | None:
     return ("ok", None) if any(line["type"] == "end" for line in lines) else None
+
+
+def _chosen(cell: Cell, lines: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Kernel, strategy with its degrees, and layout, as far as they were `auto`; None if none was."""
+    asked = [name for name in SETTINGS if getattr(cell, name) == AUTO]
+    run = next((line["attention"] for line in reversed(lines) if asked and line["type"] == "run"), None)
+    if run is None:
+        return None
+    degrees = [axis for axis in ("ulysses", "ring", "inner_ring") if "strategy" in asked and run.get(axis)]
+    return {name: run[name] for name in (*asked, *degrees)}
 
 
 @contextmanager

@@ -46,7 +46,8 @@ def with_mask(batch: Batch, family: str) -> tuple[Batch, AttentionMask]:
     ``*_document``), and count the tokens of the sample otherwise.
 
     Sizes that a family wants besides documents follow from the sample: a window, block or prefix is an eighth
-    of it (a prefix in documents an eighth of its document), global tokens are a 64th.
+    of it (a prefix in documents an eighth of its document), global tokens are a 64th; block_sparse has at
+    most 64 blocks to a side and keeps an eighth of them, the same ones in every batch.
 
     Raises:
         LcabError: no family has that name.
@@ -75,6 +76,7 @@ def _sizes(family: str, seqlen: int, lengths: Ints) -> dict[str, Any]:
         "prefix_lm_document": {"prefixes": lengths // 8},
         "global_sliding_window": {"global_tokens": max(1, seqlen // 64), "window": eighth},
         "block_causal_document": {"block": eighth},
+        "block_sparse": {"block": -(-seqlen // 64), "keep": 1 / 8},
     }
     return sizes.get(family, {})
 

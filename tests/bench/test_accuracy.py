@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import inputs, reference, twelve
+from cases import families, inputs, reference
 
 from lcab_plugin.bench import accuracy
 from lcab_plugin.bench.accuracy import Case
 
 
 def case(name: str, dtype: torch.dtype = torch.float64) -> Case:
-    mask = twelve()[name]
+    mask = families()[name]
     return Case(*inputs(mask.q_len, mask.k_len, 4, 2, 16, dtype), mask, 0.25)
 
 
-@pytest.mark.parametrize("name", twelve())
+@pytest.mark.parametrize("name", families())
 def test_the_sampled_reference_is_the_specification(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accuracy, "_CHUNK", 40)  # of 96 rows
     given = case(name)

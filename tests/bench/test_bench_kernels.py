@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import twelve
+from cases import families
 
 from lcab_plugin import kernels, masks
 from lcab_plugin.bench import cells, contenders, timing, trial
@@ -233,7 +233,7 @@ def test_causal_takes_its_turn_as_a_control(path: Path, monkeypatch: pytest.Monk
 
 def test_torch_without_a_mask_tensor_knows_two_masks(path: Path) -> None:
     both = ("torch_sdpa", "torch_sdpa_dense_mask")
-    records = measure(path, ask(*both, masks=tuple(twelve()), passes=("fwd+bwd",)))
+    records = measure(path, ask(*both, masks=tuple(families()), passes=("fwd+bwd",)))
     for record in records:
         served = record["kernel"] == both[1] or record["mask"] in ("full", "causal")
         assert (record["status"] == "ok") is served, record
@@ -431,6 +431,10 @@ def test_an_interrupted_run_keeps_what_it_measured(
         (("--heads", "8:4:2"), "such as 64:8, not '8:4:2'"),
         (("--masks", ","), "names nothing"),
         (("--cell-seconds", "0"), "must be above 0"),
+        (("--blocks", "64,0"), "error: block must be an integer of at least 1, not 0."),
+        (("--keeps", "0.5,1.5"), "error: keep must be a number above 0 and at most 1, not 1.5."),
+        (("--keeps", "half"), "error: --keeps takes numbers such as 0.1,0.5, not 'half'."),
+        (("--masks", "causal", "--keeps", "0.5"), "of block_sparse, which is not among the masks; name it."),
         (("--out", "x.csv"), "give a name ending in .jsonl"),
         (("--device", "gpu"), "error: device 'gpu' is none of auto, cpu, cuda."),
     ],

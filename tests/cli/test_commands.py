@@ -70,12 +70,26 @@ def test_document_lengths_are_sampled_where_none_are_given(run: Lcab) -> None:
     assert json.loads(out)["area"] == sum(n * n for n in lengths)
 
 
+def test_sparse_blocks_are_drawn_by_the_seed(run: Lcab) -> None:
+    words = ("masks", "show", "block_sparse", "--seqlen", "640", "--block", "64", "--keep", "0.3", "--json")
+    _, out, _ = run(*words, "--seed", "3")
+    assert json.loads(out)["digest"] == lcab_plugin.masks.block_sparse(640, 64, 0.3, seed=3).digest
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (("masks", "show", "cusal"), "error: unknown mask 'cusal'; did you mean 'causal'?"),
         (("masks", "show", "sliding_window"), "error: mask 'sliding_window' takes left, right"),
         (("masks", "show", "causal_document", "--lengths", "1,2"), "must sum to n = 4096"),
+        (
+            ("masks", "show", "block_sparse", "--keep", "0.5"),
+            "'block_sparse' takes block, keep, seed besides n",
+        ),
+        (
+            ("masks", "show", "block_sparse", "--block", "64", "--keep", "0"),
+            "error: keep must be a number above",
+        ),
         (("parity", "--kernels", "nave"), "error: unknown kernel 'nave'; did you mean 'naive'?"),
         (("parity", "--masks", ","), "names nothing; give names separated by commas"),
         (("parity", "--device", "gpu"), "error: device 'gpu' is none of auto, cpu, cuda."),

@@ -15,6 +15,7 @@ SMALL = {
     "share_question": ("--seqlen", "1024", "--lengths", "200,400,424"),
     "sliding_window": ("--seqlen", "1024", "--window", "100"),
     "block_causal_document": ("--seqlen", "1024", "--lengths", "600,424", "--block", "64"),
+    "block_sparse": ("--seqlen", "1024", "--block", "256", "--keep", "0.5"),
     "global_sliding_window": ("--seqlen", "1024", "--global-tokens", "32", "--window", "64"),
 }
 

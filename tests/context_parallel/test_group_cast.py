@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from cases import errors, inputs, reference, twelve
+from cases import errors, families, inputs, reference
 from distributed import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -73,7 +73,7 @@ def part(want, view, heads=slice(None), kv_heads=slice(None)):
 def conformance(rank: int, world: int, kernel: str, n: int, dtype: torch.dtype, tolerance: float) -> None:
     axis = build_axes(None, {"ring": world})[1]["ring"]
     makers = [layouts.contiguous, layouts.zigzag, odd]
-    for kv_heads, (name, mask) in itertools.product((4, 1), twelve(n).items()):
+    for kv_heads, (name, mask) in itertools.product((4, 1), families(n).items()):
         x = inputs(n, n, 4, kv_heads, 16, dtype)
         want = reference(*x, mask, scale=OPTIONS.scale)
         for maker, stages in itertools.product(makers, (1, 2, 9)):
@@ -108,7 +108,7 @@ def inside_ulysses(rank: int, world: int) -> None:
     """Within Ulysses a rank has the rows of two and half of the heads."""
     axes = build_axes(None, {"ulysses": 2, "ring": 2})[1]
     half = axes["ulysses"].index
-    for name, mask in twelve(97).items():
+    for name, mask in families(97).items():
         x = inputs(97, 97, 4, 2, 16, torch.float64)
         want = reference(*x, mask, scale=OPTIONS.scale)
         for maker in (layouts.contiguous, layouts.zigzag, odd):
@@ -158,7 +158,7 @@ def exact_bytes(rank: int, world: int, n: int) -> None:
     x = list(inputs(n, n, 4, kv_heads, d, torch.bfloat16, batch=b))
     row = b * kv_heads * (d + d)  # elements of a row of keys and values
     for (name, mask), maker in itertools.product(
-        twelve(n).items(), (layouts.contiguous, layouts.zigzag, odd)
+        families(n).items(), (layouts.contiguous, layouts.zigzag, odd)
     ):
         view = View(mask, maker(n, world), (rank,), (rank,))
         counts = needed(view, world)
@@ -221,14 +221,14 @@ def test_windows_and_short_documents_send_almost_nothing():
 
 @settings(deadline=None)
 @given(
-    st.sampled_from(sorted(twelve())),
+    st.sampled_from(sorted(families())),
     st.integers(96, 120),
     st.integers(2, 7),
     st.integers(1, 4),
     st.integers(0, 2),
 )
 def test_the_ranks_plans_fit_together(name, n, world, stages, which):
-    mask = twelve(n)[name]
+    mask = families(n)[name]
     layout = (layouts.contiguous, layouts.zigzag, odd)[which](n, world)
     plans = [
         plan(Axis("ring", world, 1, r, None), View(mask, layout, (r,), (r,)), stages) for r in range(world)

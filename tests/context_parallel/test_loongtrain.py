@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
-from cases import N, errors, inputs, reference, twelve
+from cases import N, errors, families, inputs, reference
 from distributed import run
 
 import lcab_plugin as lcab
@@ -48,7 +48,7 @@ def exact(rank: int, world: int, degrees: list[tuple[int, int, int]]) -> None:
         assert (cp.size, cp.rank, cp.placement) == (world, rank, placement)
         assert cp.composition == f"Ulysses({ulysses}) around RingP2P({outer}) of RingP2P({inner})"
         for n, layout in ((N, "zigzag"), (N + 5, "striped")):
-            cases = twelve(n)
+            cases = families(n)
             for name in SOME:
                 check(cp.with_layout(layout, mask=cases[name]), cases[name])
     check(cp.with_layout("balanced", mask=cases["causal"]), masks.full(n))

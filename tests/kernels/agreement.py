@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from cases import errors, inputs, reference, twelve
+from cases import errors, families, inputs, reference
 from hypothesis import strategies as st
 
 from lcab_plugin import masks
@@ -47,9 +47,9 @@ def merged_disagreement(kernel: Kernel) -> float:
 
 @st.composite
 def sub_masks(draw: st.DrawFn) -> AttentionMask:
-    """One of the twelve, or the part of it that rows and keys in pieces see."""
+    """One of the families, or the part of it that rows and keys in pieces see."""
     n = draw(st.integers(96, 130))
-    mask = twelve(n)[draw(st.sampled_from(masks.names()))]
+    mask = families(n)[draw(st.sampled_from(masks.names()))]
     pieces = st.lists(st.integers(0, n), min_size=2, max_size=6).map(sorted)
 
     def part() -> list[range]:

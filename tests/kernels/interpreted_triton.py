@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import N, eager, errors, inputs, reference, twelve
+from cases import N, eager, errors, families, inputs, reference
 
 import lcab_plugin as lcab
 from lcab_plugin import masks
@@ -13,7 +13,7 @@ from lcab_plugin.kernels import KernelOptions, get, triton
 from lcab_plugin.kernels.triton import tuning
 from lcab_plugin.kernels.triton.tuning import Config
 
-MASKS = twelve()
+MASKS = families()
 CONFIGS = {"forward": Config(32, 16, 4, 1), "dq": Config(16, 32, 4, 1), "dkv": Config(32, 16, 4, 1)}
 
 

@@ -21,7 +21,7 @@ import gaps
 import pytest
 import torch
 from cases import N as SHORT
-from cases import eager, enlarged, expected, inputs, last, twelve
+from cases import eager, enlarged, expected, families, inputs, last
 from torch import Tensor
 from verified import CELL
 
@@ -31,7 +31,7 @@ from lcab_plugin.kernels import KernelOptions, get
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 N = SHORT if DEVICE == "cpu" else 777  # on a GPU several blocks of any kernel, and a remainder
-MASKS = twelve(N)
+MASKS = families(N)
 DENSE = {"naive", "sdpa_math"}  # [q, k] by their nature
 # Times eager attention's error that float32 gradients may have, as in FlashAttention's tests, where not 2: of
 # libraries that add thousands of rows one after another, not in blocks.
@@ -151,7 +151,7 @@ def test_in_the_matrix(name):
 
 def test_the_specification_is_attention():
     """naive itself, against autograd through torch's softmax."""
-    mask = twelve()["share_question"]
+    mask = families()["share_question"]
     q, k, v, dout = inputs(SHORT, SHORT, 4, 2, 16, torch.float64)
     for options in ({}, {"scale": 0.1}, {"softcap": 2.0}):
         got, want = run("naive", q, k, v, dout, mask, **options), eager(q, k, v, dout, mask, **options)
@@ -162,7 +162,7 @@ def test_the_specification_is_attention():
 @lru_cache(maxsize=3)  # kernels vary fastest
 def case(name: str, dtype: torch.dtype, shape: Shape) -> tuple[Any, ...]:
     """Inputs and mask, and what to expect."""
-    mask = MASKS[name] if shape.n == N else twelve(shape.n)[name]
+    mask = MASKS[name] if shape.n == N else families(shape.n)[name]
     x = (*on_device(shape.n, shape.n, *shape.heads, shape.dim, dtype), mask)
     return x, expected(*x)
 
@@ -443,7 +443,7 @@ def test_bad_input(change, message):
 
 def test_the_yardstick_notices_one_wrong_row():
     """A row of small numbers that is off by a fifth, which the largest value of the tensor hides."""
-    answer = expected(*inputs(SHORT, SHORT, 2, 2, 32, torch.bfloat16), twelve()["causal"])
+    answer = expected(*inputs(SHORT, SHORT, 2, 2, 32, torch.bfloat16), families()["causal"])
     got = {name: tensor.clone() for name, tensor in answer.want.items()}
     got["out"][0, 90, 1] *= 0.8
     assert [problem.split(":")[0] for problem in answer.problems(got)] == ["out by row"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import twelve
+from cases import families
 from hypothesis import given, settings
 from kernels import published
 from kernels.agreement import disagreement, merged_disagreement, sub_masks
@@ -18,7 +18,7 @@ from lcab_plugin import masks
 from lcab_plugin.kernels import KernelOptions, get
 from lcab_plugin.kernels.ffa import typed_slices
 
-MASKS = twelve()
+MASKS = families()
 LIBRARY = "magi-attention"
 KERNEL = get("ffa")
 

@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import errors, inputs, twelve
+from cases import errors, families, inputs
 from kernels import published
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -198,7 +198,7 @@ def _agree(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
     assert max(errors(got, want).values()) < 1e-12
 
 
-@pytest.mark.parametrize("mask", [*twelve().values(), *UNEVEN.values()], ids=[*twelve(), *UNEVEN])
+@pytest.mark.parametrize("mask", [*families().values(), *UNEVEN.values()], ids=[*families(), *UNEVEN])
 def test_every_mask_forward_and_backward(
     monkeypatch: pytest.MonkeyPatch, fa: str, mask: AttentionMask
 ) -> None:
@@ -230,12 +230,12 @@ def test_fa2_would_be_wrong_with_the_longest_key_count_alone(monkeypatch: pytest
 @pytest.mark.parametrize("fa", ["fa3", "fa4"])
 def test_value_head_dim(monkeypatch: pytest.MonkeyPatch, fa: str) -> None:
     _install(monkeypatch, fa)
-    _agree(*_both(fa, twelve()["sliding_window"], KernelOptions(SCALE), value_dim=8))
+    _agree(*_both(fa, families()["sliding_window"], KernelOptions(SCALE), value_dim=8))
 
 
 def test_soft_cap_and_determinism_are_passed_on(monkeypatch: pytest.MonkeyPatch, fa: str) -> None:
     calls = _install(monkeypatch, fa)
-    mask = twelve()["share_question"]
+    mask = families()["share_question"]
     _agree(*_both(fa, mask, KernelOptions(SCALE, softcap=1.5, deterministic=True)))
     assert {call.arguments["softcap"] for call in calls} == {1.5}
     assert {call.arguments["deterministic"] for call in calls if "dout" in call.arguments} == {True}
@@ -247,7 +247,7 @@ def test_soft_cap_and_determinism_are_passed_on(monkeypatch: pytest.MonkeyPatch,
 def test_backward_of_out_and_lse_merged_over_more_keys(monkeypatch: pytest.MonkeyPatch, fa: str) -> None:
     _install(monkeypatch, fa)
     kernel, options = kernels.get(fa), KernelOptions(SCALE)
-    mask = twelve()["prefix_lm_document"]
+    mask = families()["prefix_lm_document"]
     q, k, v, dout = inputs(96, 96, 4, 2, DIM, torch.float64)
     out, lse = kernels.get("naive").forward(q, k, v, mask, options)
     want = kernels.get("naive").backward(dout, q, k, v, out, lse, mask, options)
@@ -262,7 +262,7 @@ def test_backward_of_out_and_lse_merged_over_more_keys(monkeypatch: pytest.Monke
 
 
 def test_every_renamed_argument_is_found(monkeypatch: pytest.MonkeyPatch, fa: str) -> None:
-    library, mask = LIBRARIES[fa], twelve()["causal"]
+    library, mask = LIBRARIES[fa], families()["causal"]
     calls = _install(monkeypatch, fa)
     _both(fa, mask, KernelOptions(SCALE))
     given = {(call.function, name) for call in calls for name in call.arguments}
@@ -285,7 +285,7 @@ def test_a_new_required_argument_is_found(monkeypatch: pytest.MonkeyPatch, fa: s
         with monkeypatch.context() as patch:
             _install(patch, fa, record)
             with pytest.raises(TypeError):
-                _both(fa, twelve()["causal"], KernelOptions(SCALE))
+                _both(fa, families()["causal"], KernelOptions(SCALE))
 
 
 @pytest.mark.parametrize(
@@ -408,7 +408,7 @@ def test_unsupported(monkeypatch: pytest.MonkeyPatch, asked: Asked) -> None:
     with FakeTensorMode():
         q, k, v = (torch.empty(1, 96, *shape, dtype=asked.dtype, device="cuda") for shape in shapes)
     options = KernelOptions(SCALE, asked.softcap, asked.deterministic)
-    reason = kernels.get(asked.fa).unsupported(q, k, v, twelve()[asked.mask], options, asked.backward)
+    reason = kernels.get(asked.fa).unsupported(q, k, v, families()[asked.mask], options, asked.backward)
     assert (reason is None) == (asked.words is None), reason
     assert (asked.words or "") in (reason or "")
 
@@ -418,12 +418,14 @@ def test_a_mask_of_too_many_calls_is_refused(monkeypatch: pytest.MonkeyPatch, fa
     monkeypatch.setattr(f"lcab_plugin.kernels.{fa}.too_deep", lambda mask: "too deep")
     with FakeTensorMode():
         q = torch.empty(1, 96, 4, 64, dtype=torch.bfloat16, device="cuda")
-    assert kernels.get(fa).unsupported(q, q, q, twelve()["causal"], KernelOptions(SCALE), True) == "too deep"
+    assert (
+        kernels.get(fa).unsupported(q, q, q, families()["causal"], KernelOptions(SCALE), True) == "too deep"
+    )
 
 
 def test_tensors_of_the_cpu_are_refused(fa: str) -> None:
     q, k, v, _ = inputs(96, 96, 4, 2, 64, torch.bfloat16)
-    mask = twelve()["causal"]
+    mask = families()["causal"]
     reason = kernels.get(fa).unsupported(q, k, v, mask, KernelOptions(SCALE), True)
     assert reason == "it takes CUDA tensors, not cpu"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import twelve
+from cases import families
 from hypothesis import given, settings
 from kernels import published
 from kernels.agreement import disagreement, merged_disagreement, sub_masks
@@ -20,7 +20,7 @@ from lcab_plugin import LcabError, masks
 from lcab_plugin.kernels import KernelOptions, get
 from lcab_plugin.kernels.flashmask import from_startend, to_startend
 
-MASKS = twelve()
+MASKS = families()
 KERNEL = get("flashmask")
 # Its last keys are seen by three separate runs of rows, none of them the first or the last.
 STRIPES = masks.AttentionMask(40, 12, [(0, 40, 0, 4), (4, 10, 4, 12), (16, 24, 4, 12), (30, 36, 4, 12)])

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
+from lcab_plugin import masks
 from lcab_plugin.kernels import KernelOptions, flex
 from lcab_plugin.masks import NO_HI, NO_LO, AttentionMask, from_dense
 
@@ -45,9 +46,9 @@ def compilations() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def test_the_twelve_masks_and_one_compilation() -> None:
+def test_all_families_and_one_compilation() -> None:
     """The second to the last mask of a length are inputs of what was compiled for the first."""
-    full, *others = cases.twelve(N).values()
+    full, *others = cases.families(N).values()
     require_equal(full)
     before = compilations()
     for mask in others:
@@ -60,25 +61,25 @@ def test_the_twelve_masks_and_one_compilation() -> None:
 
 @pytest.mark.nightly
 def test_lengths_share_a_compilation_after_the_second() -> None:
-    for mask in (cases.twelve(N)["causal"], cases.twelve(300)["causal"]):
+    for mask in (cases.families(N)["causal"], cases.families(300)["causal"]):
         require_equal(mask)
     before = compilations()
     for n in (150, 333, 512):
-        require_equal(cases.twelve(n)["prefix_lm_document"])
+        require_equal(cases.families(n)["prefix_lm_document"])
     assert compilations() == before
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_and_other_lengths_of_keys(dtype: torch.dtype) -> None:
-    whole = cases.twelve(N)["share_question"]
+    whole = cases.families(N)["share_question"]
     require_equal(whole, (4, 4), dtype)
     require_equal(whole.local([range(50, 180)], [range(100), range(130, 170)]), (4, 4), dtype)
 
 
 @pytest.mark.nightly
 def test_logits_of_any_size_keep_the_recovered_lse() -> None:
-    mask = cases.twelve(N)["causal"]
+    mask = cases.families(N)["causal"]
     q, k, v, dout = cases.inputs(N, N, 4, 2, 32, torch.float32)
     for factor in (0.0, 30.0):
         out, lse = KERNEL.forward(q * factor, k, v, mask, KernelOptions(0.3))
@@ -104,15 +105,15 @@ def test_intervals_say_any_mask(dense: Tensor) -> None:
     assert torch.equal(evaluated(mask), dense)
 
 
-def test_intervals_of_the_twelve_masks() -> None:
-    for mask in cases.twelve(N).values():
+def test_intervals_of_all_families() -> None:
+    for mask in cases.families(N).values():
         assert len(flex.intervals(mask)[0]) == 2
         assert torch.equal(evaluated(mask), mask.to_dense())
 
 
 @pytest.mark.parametrize("n", [256, 300, 700])
 def test_blocks_are_what_the_library_finds_by_evaluation(n: int) -> None:
-    for name, mask in cases.twelve(n).items():
+    for name, mask in cases.families(n).items():
         ours = flex.block_table(mask, CPU).block_mask
         theirs = create_block_mask(ours.mask_mod, None, None, n, n, device="cpu")
         for table in ("kv", "full_kv", "q", "full_q"):
@@ -137,7 +138,7 @@ def test_tables_of_large_masks_are_as_narrow_as_they_need(monkeypatch: pytest.Mo
         used = [row[:n] for row, n in zip(indices[0, 0].tolist(), (1, 2, 3), strict=True)]
         assert used == [[0], [0, 5], [1, 2, 6]]
     narrow = flex.block_table.__wrapped__(
-        cases.twelve(128 * 16)["sliding_window_causal"], torch.device("meta")
+        cases.families(128 * 16)["sliding_window_causal"], torch.device("meta")
     )
     for at in ("kv", "full_kv", "q", "full_q"):
         assert getattr(narrow.block_mask, f"{at}_indices").stride() == (32, 32, 2, 1)
@@ -163,7 +164,7 @@ def test_merged_backward_is_the_wholes(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(flex, "attend", plain)
     half, options = cases.N // 2, KernelOptions(0.3)
-    for whole in cases.twelve().values():
+    for whole in cases.families().values():
         q, k, v, dout = cases.inputs(cases.N, cases.N, 4, 2, 16, torch.float32)
         want = cases.reference(q, k, v, dout, whole, options.scale)
         total, parts = torch.zeros_like(q), []
@@ -178,7 +179,7 @@ def test_merged_backward_is_the_wholes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_reasons() -> None:
-    mask = cases.twelve()["causal"]
+    mask = cases.families()["causal"]
     q, k, v, _ = cases.inputs(cases.N, cases.N, 4, 2, 32, torch.float32)
     options = KernelOptions(0.3)
     assert KERNEL.unsupported(q, k, v, mask, options, True) == "FlexAttention has no backward on a CPU"
@@ -189,5 +190,12 @@ def test_reasons() -> None:
     assert "48 separate runs" in str(KERNEL.unsupported(q, k, v, comb, options, False))
     narrow = (x[..., :8] for x in (q, k, v))
     assert "head_dim must be 16 to 256, not 8" in str(KERNEL.unsupported(*narrow, mask, options, False))
-    (call,) = KERNEL.explain(cases.twelve(N)["causal"], 64)
+    (call,) = KERNEL.explain(cases.families(N)["causal"], 64)
     assert (call.count, call.area) == (3, N * (N + 1) // 2)
+
+
+def test_a_grid_of_many_blocks_is_looked_up() -> None:
+    mask = masks.block_sparse(1024, 32, 0.5)
+    assert len(mask.row_intervals()[0]) > flex.MAX_INTERVALS
+    assert flex.block_table(mask, torch.device("cpu")).grain == 32
+    assert KERNEL.unsupported(*(torch.empty(1, 1024, 2, 32),) * 3, mask, KernelOptions(0.2), False) is None

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from cases import errors, inputs, reference, twelve
+from cases import errors, families, inputs, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,9 +29,9 @@ from lcab_plugin.masks import AttentionMask
 
 @st.composite
 def any_mask(draw) -> AttentionMask:
-    """A part of one of the twelve, as a rank of some layout would see it."""
+    """A part of one of the families, as a rank of some layout would see it."""
     n = draw(st.integers(96, 140))
-    mask = twelve(n)[draw(st.sampled_from(masks.names()))]
+    mask = families(n)[draw(st.sampled_from(masks.names()))]
     if draw(st.booleans()):
         width = draw(st.integers(0, 40))
         mask = masks.sliding_window(n, width, draw(st.integers(0, 40)))
@@ -177,7 +177,7 @@ def test_rows_in_too_many_calls_are_refused():
     assert (
         too_deep(runs(MAX_DEPTH + 1)) == "rows of this mask would be merged from 5 native calls, more than 4"
     )
-    assert all(too_deep(mask) is None for mask in twelve().values())
+    assert all(too_deep(mask) is None for mask in families().values())
     assert sum(len(call.segments) for call in varlen_calls(runs(400))) == 400, "more calls than rows"
 
 

@@ -19,7 +19,7 @@ from lcab_plugin.masks import NO_HI, NO_LO, AttentionMask
 
 NAMES = ("sdpa_efficient", "sdpa_cudnn", "varlen")
 SCALE = 0.3
-TWELVE = cases.twelve()
+FAMILIES = cases.families()
 
 
 def visible(rows: int, keys: int, left: int, right: int, diagonal: int) -> Tensor:
@@ -264,11 +264,11 @@ def inputs(mask: AttentionMask, value_dim: int = 16) -> tuple[Tensor, Tensor, Te
     return q, k, v[..., :value_dim], dout[..., :value_dim]
 
 
-@pytest.mark.parametrize("mask", TWELVE)
+@pytest.mark.parametrize("mask", FAMILIES)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_mask_forward_and_backward(name: str, mask: str) -> None:
-    tensors = inputs(TWELVE[mask])
-    require_equal(run(name, *tensors, TWELVE[mask]), cases.reference(*tensors, TWELVE[mask], SCALE))
+    tensors = inputs(FAMILIES[mask])
+    require_equal(run(name, *tensors, FAMILIES[mask]), cases.reference(*tensors, FAMILIES[mask], SCALE))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -276,7 +276,7 @@ def test_every_mask_forward_and_backward(name: str, mask: str) -> None:
 def test_a_ranks_part_of_a_mask(name: str, ranks: int) -> None:
     """Rows and keys of different number and offset, as a zigzag ring hands them out."""
     chunk = cases.N // (2 * ranks)
-    for mask in TWELVE.values():
+    for mask in FAMILIES.values():
         for peer in range(ranks):
             pieces = [[range(i * chunk, (i + 1) * chunk) for i in (r, 2 * ranks - 1 - r)] for r in (0, peer)]
             local = mask.local(pieces[0], [*pieces[1], range(0, 0)])
@@ -299,7 +299,7 @@ def test_bands_over_more_rows_than_keys(name: str, limits: tuple[int, int]) -> N
 
 @pytest.mark.parametrize("name", ["sdpa_efficient", "sdpa_cudnn"])
 def test_values_of_another_width(name: str) -> None:
-    for mask in (TWELVE["causal_document"], TWELVE["sliding_window"]):
+    for mask in (FAMILIES["causal_document"], FAMILIES["sliding_window"]):
         tensors = inputs(mask, 8)
         require_equal(run(name, *tensors, mask), cases.reference(*tensors, mask, SCALE))
 
@@ -307,7 +307,7 @@ def test_values_of_another_width(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_backward_of_a_softmax_over_more_keys(name: str) -> None:
     """The gradients of two halves of the keys, from the whole's out and lse, are the whole's."""
-    whole, half = TWELVE["prefix_lm_causal"], cases.N // 2
+    whole, half = FAMILIES["prefix_lm_causal"], cases.N // 2
     q, k, v, dout = inputs(whole)
     want = cases.reference(q, k, v, dout, whole, SCALE)
     kernel, total, keys = kernels.get(name), torch.zeros_like(q), []
@@ -324,7 +324,7 @@ def test_backward_of_a_softmax_over_more_keys(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["sdpa_efficient", "sdpa_cudnn"])
 def test_unaligned_and_strided_tensors_are_copied(name: str) -> None:
-    mask = TWELVE["share_question"]
+    mask = FAMILIES["share_question"]
     tensors = inputs(mask)
     odd = [torch.empty(x.numel() + 1)[1:].view(x.shape).copy_(x) for x in tensors]
     require_equal(run(name, *odd, mask), cases.reference(*tensors, mask, SCALE))
@@ -333,7 +333,7 @@ def test_unaligned_and_strided_tensors_are_copied(name: str) -> None:
 
 
 def test_deterministic_options_reach_the_operators() -> None:
-    mask = TWELVE["sliding_window_causal"]
+    mask = FAMILIES["sliding_window_causal"]
     tensors = inputs(mask)
     for name in ("sdpa_efficient", "varlen"):
         require_equal(run(name, *tensors, mask, deterministic=True), cases.reference(*tensors, mask, SCALE))
@@ -341,7 +341,7 @@ def test_deterministic_options_reach_the_operators() -> None:
 
 
 def test_efficient_goes_by_segments_where_its_windows_reach() -> None:
-    tiled = {name for name, mask in TWELVE.items() if not sdpa_efficient.by_segments(mask)}
+    tiled = {name for name, mask in FAMILIES.items() if not sdpa_efficient.by_segments(mask)}
     assert tiled == {"sliding_window", "global_sliding_window"}
     one_long = (4096, *[2] * 64)  # 65 segments, each with an lse of 4096 rows
     assert not sdpa_efficient.by_segments(masks.causal_document(one_long))
@@ -351,9 +351,9 @@ def test_varlen_says_what_an_older_operator_lacks(monkeypatch: pytest.MonkeyPatc
     """torch 2.10's operator: no windows, no grouped heads."""
     old = frozenset({"query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k", "is_causal", "scale"})
     kernel, options = varlen.KERNEL, KernelOptions(SCALE)
-    q, k, v, _ = (x.bfloat16() for x in inputs(TWELVE["causal"]))
+    q, k, v, _ = (x.bfloat16() for x in inputs(FAMILIES["causal"]))
     on_gpu = SimpleNamespace(is_cuda=True, dtype=q.dtype, shape=q.shape)
-    windowed, plain = TWELVE["sliding_window"], TWELVE["causal_document"]
+    windowed, plain = FAMILIES["sliding_window"], FAMILIES["causal_document"]
     assert kernel.unsupported(on_gpu, k, v, windowed, options, True) is None
     monkeypatch.setattr(varlen, "arguments", lambda _: old)
     assert "no windows; use torch >= 2.11" in str(kernel.unsupported(on_gpu, k, v, windowed, options, True))
@@ -366,14 +366,14 @@ def test_varlen_calls_an_older_operator_by_its_own_arguments(monkeypatch: pytest
     forward = frozenset(common | {"window_size"})
     backward = forward | {"grad_out", "out", "lse", "rng_state"}
     monkeypatch.setattr(varlen, "arguments", lambda name: backward if "backward" in name else forward)
-    for mask in (TWELVE["share_question"], TWELVE["sliding_window"]):
+    for mask in (FAMILIES["share_question"], FAMILIES["sliding_window"]):
         tensors = inputs(mask)
         require_equal(run("varlen", *tensors, mask), cases.reference(*tensors, mask, SCALE))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_reasons_without_a_gpu(name: str) -> None:
-    kernel, mask = kernels.get(name), TWELVE["causal"]
+    kernel, mask = kernels.get(name), FAMILIES["causal"]
     tensors = inputs(mask)[:3]
     assert kernel.unsupported(*tensors, mask, KernelOptions(SCALE), True) == "it takes CUDA tensors, not cpu"
     if not torch.cuda.is_available():

@@ -12,7 +12,7 @@ from pathlib import Path
 import gaps
 import pytest
 import torch
-from cases import twelve
+from cases import families
 
 import lcab_plugin as lcab
 from lcab_plugin import kernels, masks, operation
@@ -124,7 +124,7 @@ def test_features_are_what_unsupported_says(name):
 
 @pytest.mark.parametrize("name", kernels._TABLE)
 def test_an_explanation_covers_the_mask(name):
-    for mask in twelve().values():
+    for mask in families().values():
         calls = kernels.get(name).explain(mask, 64)
         assert sum(call.area for call in calls) == mask.area
         assert all(call.what and call.count > 0 and call.computed >= call.area for call in calls)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import inputs, twelve
+from cases import families, inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -99,7 +99,7 @@ def painted(plan: Plan, q_len: int, k_len: int, rows: int, keys: int) -> np.ndar
 @settings(max_examples=200, deadline=None)
 def test_a_plan_is_its_mask(name, n, rows, keys, data):
     q0, k0 = data.draw(st.integers(0, 40)), data.draw(st.integers(0, 40))
-    mask = twelve(n)[name].local([range(q0, n)], [range(k0, n)])
+    mask = families(n)[name].local([range(q0, n)], [range(k0, n)])
     for one in (mask, mask.transposed()):
         plan = Plan(one, rows, keys, torch.device("cpu"))
         seen = painted(plan, one.q_len, one.k_len, rows, keys)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import errors, inputs, reference, twelve
+from cases import errors, families, inputs, reference
 
 import lcab_plugin as lcab
 from lcab_plugin import masks
@@ -13,7 +13,7 @@ from lcab_plugin.kernels import triton
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 N = 1000
-MASKS = twelve(N)
+MASKS = families(N)
 
 
 def tensors(dtype=torch.bfloat16, dim=128):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lcab_plugin import masks
 from lcab_plugin.errors import LcabError
-from lcab_plugin.masks import AttentionMask
+from lcab_plugin.masks import AttentionMask, builders
 
 quick = settings(max_examples=80, deadline=None)
 lengths_ = st.lists(st.integers(0, 9), max_size=6)
@@ -80,6 +80,38 @@ def test_prefix_lm_document(pairs: list[tuple[int, int]], same: int) -> None:
     )
 
 
+@quick
+@given(length_, st.integers(1, 9), st.floats(0.0, 1.0, exclude_min=True), st.integers(0, 3))
+def test_block_sparse(n: int, block: int, keep: float, seed: int) -> None:
+    mask, blocks = masks.block_sparse(n, block, keep, seed), -(-n // block)
+    first = range(0, n, block)
+    seen = mask.to_dense()[::block, ::block]  # a cell of every block
+    assert_cells(mask, n, lambda i, j: bool(seen[i // block, j // block]))
+    assert all(seen[i, i] for i in range(len(first)))
+    if n:
+        assert seen.sum(dim=1).tolist() == [max(1, int(keep * blocks + 1e-9))] * blocks
+    assert mask == masks.block_sparse(n, block, keep, seed)
+
+
+def test_block_sparse_draws_by_its_seed_alike_for_all_blocks() -> None:
+    drawn = [masks.block_sparse(640, 10, 0.25, seed).to_dense()[::10, ::10] for seed in range(200)]
+    assert len({mask.numpy().tobytes() for mask in drawn}) == 200
+    seen = torch.stack(drawn).double().mean(dim=0)  # of 63 blocks beside its own, 15: a deviation of 0.03
+    assert (seen.diagonal() == 1).all()
+    assert (seen[~torch.eye(64, dtype=torch.bool)] - 15 / 63).abs().max() < 0.16
+
+
+def test_block_sparse_masks_of_many_blocks_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = masks.block_sparse(100, 3, 0.3, seed=1)
+    monkeypatch.setattr(builders, "_DRAWN_AT_ONCE", 40)
+    assert masks.block_sparse(100, 3, 0.3, seed=1) == whole
+
+
+def test_all_blocks_are_the_full_mask() -> None:
+    assert masks.block_sparse(1000, 64, 1.0) == masks.full(1000)
+    assert masks.block_sparse(6400, 64, 0.29).area == 29 * 100 * 64**2  # 0.29 * 100 is 28.999999999999996
+
+
 @pytest.mark.parametrize(
     ("mask", "slices"),
     [
@@ -119,6 +151,7 @@ NAMED = {
     "prefix_lm_document": {"lengths": [3, 5], "prefixes": [1, 2]},
     "global_sliding_window": {"global_tokens": 1, "window": 2},
     "block_causal_document": {"lengths": [3, 5], "block": 2},
+    "block_sparse": {"block": 2, "keep": 0.5, "seed": 3},
 }
 
 
@@ -130,7 +163,8 @@ def test_from_name(name: str) -> None:
     assert mask == getattr(masks, name)(**own)
     assert mask.q_len == mask.k_len == 8
     assert masks.needs_lengths(name) == ("lengths" in params)
-    for missing in params:
+    assert masks.parameters(name) == tuple(params)
+    for missing in params.keys() - {"seed"}:
         with pytest.raises(LcabError, match=f"mask '{name}' takes .*{missing}"):
             masks.from_name(name, 8, **{key: value for key, value in params.items() if key != missing})
     with pytest.raises(LcabError, match=f"mask '{name}' .*was given .*windows"):
@@ -144,6 +178,7 @@ def test_sizes_beyond_the_sequence() -> None:
     assert masks.prefix_lm_document([3, 5], [sys.maxsize, 5]) == masks.full_document([3, 5])
     assert masks.global_sliding_window(8, sys.maxsize, sys.maxsize) == masks.full(8)
     assert masks.block_causal_document([3, 5], sys.maxsize) == masks.full_document([3, 5])
+    assert masks.block_sparse(8, sys.maxsize, 0.1) == masks.full(8)
 
 
 def test_window_stands_for_both_sides() -> None:
@@ -154,7 +189,7 @@ def test_window_stands_for_both_sides() -> None:
 
 
 def test_twelve_names() -> None:
-    assert len(masks.names()) == 12
+    assert len(masks.names()) == 13
     assert set(masks.names()) == set(NAMED)
 
 
@@ -183,6 +218,18 @@ def test_twelve_names() -> None:
         (lambda: masks.global_sliding_window(8, -1, 2), "global_tokens"),
         (lambda: masks.global_sliding_window(8, 1, -2), "window"),
         (lambda: masks.block_causal_document([8], 0), "block must be an integer of at least 1, not 0"),
+        (lambda: masks.block_sparse(8, 0, 0.5), "block must be an integer of at least 1, not 0"),
+        (lambda: masks.block_sparse(8, 2.0, 0.5), "block must be an integer of at least 1, not 2.0"),
+        (lambda: masks.block_sparse(8, 2, 0), "keep must be a number above 0 and at most 1, not 0"),
+        (lambda: masks.block_sparse(8, 2, 1.5), "keep must be a number above 0 and at most 1, not 1.5"),
+        (
+            lambda: masks.block_sparse(8, 2, float("nan")),
+            "keep must be a number above 0 and at most 1, not nan",
+        ),
+        (lambda: masks.block_sparse(8, 2, "0.5"), "keep must be a number above 0 and at most 1, not '0.5'"),
+        (lambda: masks.block_sparse(8, 2, True), "keep must be a number above 0 and at most 1, not True"),
+        (lambda: masks.block_sparse(8, 2, 0.5, 1.5), "seed must be an integer of at least 0, not 1.5"),
+        (lambda: masks.block_sparse(8, 2, 0.5, -1), "seed must be an integer of at least 0, not -1"),
     ],
 )
 def test_bad_input(build: Callable[[], object], words: str) -> None:

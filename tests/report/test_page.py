@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from lcab_plugin import report
+from lcab_plugin import masks, report
 from lcab_plugin.errors import LcabError
 from lcab_plugin.report import svg
 from tests.report.made_records import RUN, cp_cell, kernel_cell, parity, training_run, write
@@ -154,6 +154,23 @@ def test_a_mask_is_drawn_if_it_is_the_recorded_one(folder):
     page, _, written = made(folder)
     assert 'class="mask"' not in page
     assert table(written, "masks-drawn")[0]["picture"] == "False"
+
+
+def test_every_block_and_share_of_block_sparse_is_a_row(tmp_path):
+    cells = []
+    for block, keep in ((128, 1.0), (64, 1.0), (64, 0.5), (64, 0.1)):
+        parameters = {"block": block, "keep": keep, "seed": 0}
+        mask = masks.from_name("block_sparse", 1024, **parameters)
+        named = {"mask": "block_sparse", "parameters": parameters, "digest": mask.digest, "area": mask.area}
+        cells.append(kernel_cell("naive", 1024, 1.0, **named))
+    write(tmp_path / "k.jsonl", [RUN, *cells, kernel_cell("naive", 1024, 1.0)])
+    page, _, written = made(tmp_path)
+    rows = [row[""] for row in table(written, "kernels-1-fwd-1024")]
+    pairs = ((64, 0.1), (64, 0.5), (64, 1), (128, 1))
+    assert rows == ["causal", *(f"block_sparse block {block} keep {keep}" for block, keep in pairs)]
+    assert {row["mask"] for row in table(written, "kernels-cells")} == set(rows)
+    assert page.count('class="mask"') == 5
+    assert all(row["picture"] == "True" for row in table(written, "masks-drawn"))
 
 
 def test_of_cells_measured_twice_the_last_counts(folder):

@@ -60,6 +60,19 @@ def test_cells_of_a_turn_differ_in_their_kernel_or_strategy_alone() -> None:
     assert list(Counter(cell.turn for cell in cells(sweep)).values()) == [1, 1]
 
 
+def test_blocks_and_shares_are_axes_of_block_sparse_alone(tmp_path: Path) -> None:
+    sweep = {"kind": "kernels", "kernels": ["naive", "flex"], "masks": ["causal", "block_sparse"]}
+    found = cells(sweep | {"seqlens": [64], "blocks": [8, 16], "keeps": [0.1, 1]})
+    assert len({cell.id for cell in found}) == len(found) == 2 + 2 * 2 * 2
+    assert sorted(Counter(cell.turn for cell in found).values()) == [2] * 5  # the kernels of one mask
+    assert [cell.parameters for cell in found[:4:2]] == [{}, {"block": 8, "keep": 0.1}]
+    assert "block_sparse-b8-k0.1-64" in found[2].id
+    words = program(Launch(tuple(found[2:4])), tmp_path, "cpu")
+    assert words[words.index("--blocks") + 1] == "8"
+    assert words[words.index("--keeps") + 1] == "0.1"
+    assert "--blocks" not in program(Launch(tuple(found[:2])), tmp_path, "cpu")
+
+
 def test_an_inner_ring_is_asked_of_the_bench_where_there_is_one(tmp_path: Path) -> None:
     sweep = {"kind": "cp", **SHARED, "strategies": ["loongtrain", "usp"], "degrees": [{"inner_ring": 2}]}
     double, single = cells(sweep)
@@ -68,6 +81,20 @@ def test_an_inner_ring_is_asked_of_the_bench_where_there_is_one(tmp_path: Path) 
     words = program(Launch((double,)), tmp_path, "cpu")
     assert words[words.index("--inner-ring") + 1] == "2"
     assert "--inner-ring" not in program(Launch((single,)), tmp_path, "cpu")
+
+
+def test_auto_is_handed_to_the_training_script(tmp_path: Path) -> None:
+    asked = {"kernels": ["auto"], "strategies": ["auto", "usp"], "degrees": [{"ulysses": 2}, {"ulysses": 4}]}
+    auto, *named = cells({"kind": "training", **SHARED, **asked, "layouts": ["auto"]}, "local")
+    assert [(cell.kernel, cell.strategy, cell.layout) for cell in (auto, named[0])] == [
+        ("auto", "auto", "auto"),
+        ("auto", "usp", "auto"),
+    ]
+    assert auto.degrees == {}  # it chooses its own: one cell for both
+    assert [cell.degrees for cell in named] == [{"ulysses": 2}, {"ulysses": 4}]
+    words = program(Launch((auto,)), tmp_path, "cpu")
+    given = {flag: words[words.index(flag) + 1] for flag in ("--kernel", "--strategy", "--layout")}
+    assert set(given.values()) == {"auto"}
 
 
 CP = {"kind": "cp", **SHARED}
@@ -129,7 +156,9 @@ def test_the_examples_expand_and_shrink(path: Path) -> None:
     whole = expand(study, Cluster(study, path.parent).place)
     small_study = tiny(study)
     small = expand(small_study, Cluster(small_study, path.parent).place)
-    assert {cell.mask for cell in small} == {cell.mask for cell in whole}
+    assert {(c.mask, *c.parameters.items()) for c in small} == {
+        (c.mask, *c.parameters.items()) for c in whole
+    }
     assert {cell.strategy for cell in small} == {cell.strategy for cell in whole}
     assert max(cell.world for cell in small) <= 2
     assert max(cell.seqlen for cell in small) == 512
@@ -137,10 +166,15 @@ def test_the_examples_expand_and_shrink(path: Path) -> None:
 
 
 def test_the_benchmark_is_what_its_paper_says() -> None:
-    kernels, cp = (load(ROOT / f"examples/studies/{n}.yaml").sweeps for n in ("kernels", "context_parallel"))
-    for sweep in (*kernels, *cp):
+    kernels, sparse, cp = (
+        load(ROOT / f"examples/studies/{n}.yaml").sweeps
+        for n in ("kernels", "block_sparse", "context_parallel")
+    )
+    for sweep in (*kernels, *sparse, *cp):
         assert (sweep.heads, sweep.kv_heads, sweep.head_dim, sweep.dtype) == (64, 8, 128, "bf16")
-    assert kernels[0].masks == list(masks.names())
+    assert [*kernels[0].masks, *sparse[0].masks] == list(masks.names())
+    assert (sparse[0].seqlens, sparse[0].blocks) == ([16384, 49152], [64, 128])
+    assert sparse[0].keeps == [0.1, 0.2, 0.5, 0.8, 1.0]
     assert {1024, 49152} <= set(kernels[0].seqlens)
     for sweep in cp:
         assert sweep.seqlens_per_rank == [8192]

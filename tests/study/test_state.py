@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lcab_plugin.errors import LcabError
+from lcab_plugin.report.studies import shown
 from lcab_plugin.study.cells import Cell
 from lcab_plugin.study.launch import Launch, records_of
 from lcab_plugin.study.processes import Outcome
@@ -128,6 +129,23 @@ def test_a_training_run_counts_when_it_has_ended(tmp_path: Path) -> None:
     assert study.statuses == ["error"]
     study.launch([("run", "", ""), ("end", "", "")], DONE)
     assert study.statuses == ["ok"]
+
+
+def test_what_was_chosen_for_auto_is_in_the_result(tmp_path: Path) -> None:
+    cell = Cell("training", "auto", "causal", 64, {"timeout": 10.0}, "auto", layout="zigzag", world=2)
+    state = State("x", tmp_path, [cell])
+    launch = state.next([2])
+    assert launch is not None
+    folder = state.folder(launch)
+    state.begin(launch, [["true"]], folder)
+    chosen = {"kernel": "triton", "strategy": "usp", "layout": "zigzag", "ulysses": 2, "ring": None}
+    write(records_of(cell, folder), training_run("x", [1.0], attention={**chosen, "mask": "causal"}))
+    state.end(folder, DONE)
+    (result,) = state.results
+    assert result.chosen == {"kernel": "triton", "strategy": "usp", "ulysses": 2}
+    row = shown(result.to_dict())
+    assert (row["kernel"], row["strategy"], row["layout"]) == ("auto: triton", "auto: usp", "zigzag")
+    assert row["degrees"] == {"ulysses": 2}
 
 
 def test_cells_of_other_worlds_are_left_alone(tmp_path: Path) -> None:
