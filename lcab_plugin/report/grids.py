@@ -49,12 +49,14 @@ def per_time(of: Metric) -> Callable[[Record, str], float | None]:
 @dataclass(frozen=True)
 class Grid:
     """Rows and columns of a matrix. ``along``: ``row`` or ``column``, which of them holds what competes; its
-    best is set apart. ``reference``: the name of what does not compete."""
+    best is set apart. ``reference``: the name of what does not compete. ``aside``: what stands before a
+    value."""
 
     row: Name
     column: Name
     along: str = "row"
     reference: str | None = None
+    aside: Name | None = None
 
 
 def matrix(name: str, caption: str, cells: Iterable[Record], grid: Grid, quantity: Quantity) -> Table:
@@ -84,7 +86,8 @@ def matrix(name: str, caption: str, cells: Iterable[Record], grid: Grid, quantit
             else:
                 tint = number / most if most > 0 and at in entered else 0.0
                 first = at in entered and number == best.get(at[1 - side])
-                line.append(Value(number, quantity.form(number), max(tint, 0.0), first))
+                before = grid.aside(cell) if grid.aside else ""
+                line.append(Value(number, quantity.form(number), max(tint, 0.0), first, aside=before))
         made.append(line)
     return Table(name, caption, ["", *(f">{c}" for c in columns)], made, notes.texts)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
 from lcab_plugin.bench import peers
-from lcab_plugin.bench.cells import PASSES
+from lcab_plugin.bench.cells import PASSES, mask_label
 from lcab_plugin.bench.cp import SINGLE
 from lcab_plugin.report import grids
 from lcab_plugin.report.grids import Quantity
@@ -89,7 +90,7 @@ SENT = Quantity(
 )
 MEMORY = Quantity("peak GiB of the fullest rank", lambda r: r.get("peak_memory_gib"), better=-1)
 _MATRICES = (
-    ("speed", SPEED, "TFLOP/s per rank over the exact area of the mask"),
+    ("speed", SPEED, "TFLOP/s per rank over the exact area of the mask, behind degrees and layout"),
     ("efficiency", EFFICIENCY, "Scaling efficiency: time of one process over ranks times theirs"),
     ("sent", SENT, "MiB that the rank sends that sends most, counted"),
 )
@@ -101,11 +102,62 @@ _CHARTS = (
 )
 
 
+def _degrees(record: Record) -> str:
+    degrees = record.get("degrees") or {}
+    return "x".join(str(n) for n in degrees.values()) if len(degrees) > 1 else ""
+
+
+def _layout(record: Record) -> str:
+    return record.get("layout") or ""
+
+
+def _placement(record: Record) -> str:
+    return record.get("placement") or ""
+
+
+def _nodes(record: Record) -> str:
+    return f"{record['nodes']} nodes" if record.get("nodes") else ""
+
+
 def label(record: Record) -> str:
     """A strategy as composed: ``usp 2x4 zigzag``."""
-    degrees = record.get("degrees") or {}
-    split = "x".join(str(n) for n in degrees.values()) if len(degrees) > 1 else ""
-    return " ".join(part for part in (record["strategy"], split, record.get("layout")) if part)
+    return " ".join(part for part in (record["strategy"], _degrees(record), _layout(record)) if part)
+
+
+@dataclass(frozen=True)
+class _Names:
+    """A strategy by as much of how it was composed as tells it from itself under the same mask, length and
+    ranks: its degrees follow the ranks and its layout the mask, and still it is one row and one line."""
+
+    parts: tuple[grids.Name, ...]
+
+    @classmethod
+    def of(cls, cells: Iterable[Record]) -> _Names:
+        """The shortest that tell these apart."""
+        groups: dict[tuple[object, ...], list[Record]] = {}
+        for c in cells:
+            cell = c["strategy"], c["mask"], c["digest"], c["seqlen"], c["world"], c["pass"], _where(c)
+            groups.setdefault(cell, []).append(c)
+        return cls(
+            tuple(
+                part
+                for part in (_degrees, _layout, _placement, _nodes)
+                if any(len({part(c) for c in inside} - {""}) > 1 for inside in groups.values())
+            )
+        )
+
+    def name(self, record: Record) -> str:
+        return " ".join(word for word in (record["strategy"], *(p(record) for p in self.parts)) if word)
+
+    def aside(self, record: Record) -> str:
+        """What was composed how, where the name does not say."""
+        left = (part(record) for part in (_degrees, _layout) if part not in self.parts)
+        return " ".join(word for word in left if word)
+
+    def grid(self, aside: bool = False) -> grids.Grid:
+        """Strategies x masks."""
+        told = self.aside if aside else None
+        return grids.Grid(self.name, _mask, along="column", reference=SINGLE, aside=told)
 
 
 def _where(record: Record) -> str:
@@ -119,7 +171,7 @@ def _order(record: Record) -> tuple[str, int, int, int]:
 
 def section(found: Iterable[Record]) -> Section:
     """Context parallelism."""
-    cells = sorted(latest(found, IDENTITY), key=_order)
+    cells = sorted(map(_labelled, latest(found, IDENTITY)), key=_order)
     made = Section("cp", "Context parallelism")
     made.blocks.append(
         Text(
@@ -128,68 +180,73 @@ def section(found: Iterable[Record]) -> Section:
             "that, computed from the mask (the line across a bar)."
         )
     )
-    style = grids.styles(sorted({label(c) for c in cells}))
+    names = _Names.of(cells)
+    style = grids.styles(sorted({names.name(c) for c in cells}))
     for i, (words, group) in enumerate(groupby(cells, _where), start=1):
         made.blocks.append(Heading(words))
-        _add(made, f"cp-{i}", list(group), style)
+        _add(made, f"cp-{i}", list(group), names, style)
     made.blocks.append(_volume("cp-volume", cells))
     made.blocks.append(listing("cp-cells", f"All {len(cells)} cells", COLUMNS, cells))
     return made
 
 
-def _add(made: Section, name: str, cells: list[Record], style: dict[str, int]) -> None:
+def _labelled(record: Record) -> Record:
+    return {**record, "mask": mask_label(record["mask"], record.get("parameters") or {})}
+
+
+def _add(made: Section, name: str, cells: list[Record], names: _Names, style: dict[str, int]) -> None:
     """What was measured on one machine, with one kernel and shape."""
     groups = {key: list(g) for key, g in groupby(cells, lambda r: (r["pass"], r["world"], r["seqlen"]))}
     last = {key[0]: key for key in groups}
     for key, inside in groups.items():
         step, world, n = key
-        shown = grids.by_mask(inside, label)
+        shown = grids.by_mask(inside, names.name)
         for slug, quantity, words in _MATRICES:
             if slug != "speed" and all(quantity.of(c) is None for c in inside):
                 continue
             where = f"{PASS_WORDS.get(step, step)}, {world} ranks, {n} tokens"
             at = f"{name}-{slug}-{step.replace('+', '-')}-{world}-{n}"
-            table = grids.matrix(at, f"{words}; {where}", shown, _GRID, quantity)
+            table = grids.matrix(at, f"{words}; {where}", shown, names.grid(slug == "speed"), quantity)
             table.folded = key != last[step] or step != list(last)[-1]
             made.blocks.append(table)
     for step in last:
-        _add_charts(made, step, [c for c in cells if c["pass"] == step], style)
+        _add_charts(made, step, [c for c in cells if c["pass"] == step], names.name, style)
     caption = "Largest relative error against float64 over all passes, lengths and ranks"
-    wrong = grids.by_mask(worst(cells, label), label)
-    made.blocks.append(grids.matrix(f"{name}-errors", caption, wrong, _GRID, ERROR))
+    wrong = grids.by_mask(worst(cells, names.name), names.name)
+    made.blocks.append(grids.matrix(f"{name}-errors", caption, wrong, names.grid(), ERROR))
 
 
 def _mask(record: Record) -> str:
     return record["mask"]
 
 
-_GRID = grids.Grid(label, _mask, along="column", reference=SINGLE)
+_AGAINST: tuple[tuple[str, grids.Name, str], ...] = (
+    ("seqlen", lambda r: f"{r['mask']}, {r['world']} ranks", ""),
+    ("world", lambda r: f"{r['mask']}, {tokens(r['seqlen'])} tokens", ", the same sequence on more ranks"),
+    (
+        "world",
+        lambda r: f"{r['mask']}, {tokens(r['seqlen'] / r['world'])} tokens a rank",
+        ", the same tokens a rank on more ranks",
+    ),
+)
 
 
-def _add_charts(made: Section, step: str, cells: Sequence[Record], style: dict[str, int]) -> None:
-    """Against length at each number of ranks, and against ranks at each length and each share of it."""
+def _add_charts(
+    made: Section, step: str, cells: Sequence[Record], name: grids.Name, style: dict[str, int]
+) -> None:
+    """Against length at each number of ranks, and against ranks at each length and each share of it; bars of
+    what was measured at one length on one number of ranks."""
     words = PASS_WORDS.get(step, step).capitalize()
     for quantity, what in _CHARTS:
-        ours = grids.by_mask((c for c in cells if quantity.of(c) is not None), label)
-        lengths, worlds = ({c[n] for c in ours} for n in ("seqlen", "world"))
-        if len(lengths) > 1 or len(worlds) < 2:
-            made.figure(grids.panels(ours, _at_ranks, label, "seqlen", quantity, style), f"{words}: {what}")
-        for panel, how in ((_strong, "the same sequence"), (_weak, "the same tokens a rank")):
-            scaled = grids.several(ours, panel, "world")
-            chart = grids.panels(scaled, panel, label, "world", quantity, style) if scaled else ""
-            made.figure(chart, f"{words}: {what}, {how} on more ranks")
-
-
-def _at_ranks(record: Record) -> str:
-    return f"{record['mask']}, {record['world']} ranks"
-
-
-def _strong(record: Record) -> str:
-    return f"{record['mask']}, {tokens(record['seqlen'])} tokens"
-
-
-def _weak(record: Record) -> str:
-    return f"{record['mask']}, {tokens(record['seqlen'] / record['world'])} tokens a rank"
+        ours = grids.by_mask((c for c in cells if quantity.of(c) is not None), name)
+        drawn: set[int] = set()
+        for x, panel, how in _AGAINST:
+            scaled = grids.several(ours, panel, x)
+            made.figure(grids.panels(scaled, panel, name, x, quantity, style), f"{words}: {what}{how}")
+            drawn |= set(map(id, scaled))
+        x, panel, _ = _AGAINST[0]
+        alone = [c for c in ours if id(c) not in drawn]
+        made.figure(grids.panels(alone, panel, name, x, quantity, style), f"{words}: {what}")
 
 
 def _volume(name: str, cells: Iterable[Record]) -> Table:
@@ -216,7 +273,7 @@ def _volume(name: str, cells: Iterable[Record]) -> Table:
 
 def peers_section(found: Iterable[Record]) -> Section:
     """Public packages beside ours."""
-    cells = sorted(latest(found, peers.IDENTITY), key=_order)
+    cells = sorted(map(_labelled, latest(found, peers.IDENTITY)), key=_order)
     made = Section("peers", "Beside other packages")
     made.blocks.append(
         Text(
@@ -225,10 +282,9 @@ def peers_section(found: Iterable[Record]) -> Section:
             "share processors the ratio is of processor time."
         )
     )
-    plain = len({_cell_of(c) for c in cells}) == len(cells)
-    name = (lambda r: r["strategy"]) if plain else label
+    names = _Names.of(cells)
+    name, grid = names.name, names.grid()
     style = grids.styles(sorted({name(c) for c in cells}))
-    grid = grids.Grid(name, _mask, along="column", reference=SINGLE)
     over = Quantity("time over ideal", lambda r: r.get(peers.metric(r)), better=-1, form=_three)
     for i, (words, group) in enumerate(groupby(cells, _where), start=1):
         made.blocks.append(Heading(words))
@@ -240,21 +296,14 @@ def peers_section(found: Iterable[Record]) -> Section:
             made.blocks.append(grids.matrix(slug, caption, inside, grid, over))
         for step in dict.fromkeys(c["pass"] for c in own):
             drawn = grids.by_mask((c for c in own if c["pass"] == step), name)
-            chart = grids.panels(drawn, _at_ranks, name, "seqlen", over, style)
+            x, panel, _ = _AGAINST[0]
+            chart = grids.panels(drawn, panel, name, x, over, style)
             made.figure(chart, f"{PASS_WORDS.get(step, step).capitalize()}: time over ideal")
     goals = _goals(cells)
     if goals.rows:
         made.blocks.append(goals)
     made.blocks.append(listing("peers-cells", f"All {len(cells)} cells", PEER_COLUMNS, cells))
     return made
-
-
-_BESIDE = ("hardware", "kernel", "heads", "head_dim", "mask", "digest", "seqlen", "world", "pass", "dtype")
-
-
-def _cell_of(record: Record) -> tuple[object, ...]:
-    """What a cell is apart from its layout: ours take what suits the mask, the peers' is given."""
-    return record["strategy"], *(record[k] for k in _BESIDE)
 
 
 def _three(ratio: float) -> str:

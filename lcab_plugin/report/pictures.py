@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from functools import lru_cache
 from html import escape
 from typing import Any
 
@@ -19,19 +21,25 @@ from lcab_plugin.training.schema import Record
 
 _SIZE = 200  # pixels
 _SAMPLED = ("documents", "seed", "count", "prefixes")  # in a record, instead of the lengths themselves
+_KEPT = 8  # masks; those of 1M tokens in sparse blocks are of 50 MB each
 
 
 def rebuild(record: Record) -> AttentionMask | None:
     """The mask of a cell, by its family and parameters; None where that is not the one of its digest."""
-    given: dict[str, Any] = record.get("parameters") or {}
-    name, n = record["mask"], record["seqlen"]
+    given = json.dumps(record.get("parameters") or {}, sort_keys=True)
+    return _rebuilt(record["mask"], record["seqlen"], given, record["digest"])
+
+
+@lru_cache(_KEPT)  # the cells of a mask follow one another
+def _rebuilt(name: str, n: int, parameters_json: str, digest: str) -> AttentionMask | None:
+    given: dict[str, Any] = json.loads(parameters_json)
     try:
         parameters = default_parameters(name, n, given.get("documents", "pile"), given.get("seed", 0))
         parameters |= {key: v for key, v in given.items() if key not in _SAMPLED}
         mask = masks.from_name(name, n, **parameters)
     except (LcabError, TypeError, ValueError):
         return None
-    return mask if mask.digest == record["digest"] else None
+    return mask if mask.digest == digest else None
 
 
 def section(cells: Iterable[Record]) -> Section:

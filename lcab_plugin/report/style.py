@@ -31,7 +31,7 @@ thead th{background:var(--raised);color:var(--soft);font-weight:600;vertical-ali
 tbody th{font-weight:500;white-space:nowrap}
 th.n,td.n{text-align:right}td.n{white-space:nowrap}
 td[style]{background:color-mix(in srgb,var(--tint) var(--t),transparent)}
-td.best{font-weight:700}td.pass{color:var(--good)}td.fail{color:var(--bad);font-weight:700}
+td.best{font-weight:700}.aside{color:var(--soft);font-weight:400}td.pass{color:var(--good)}td.fail{color:var(--bad);font-weight:700}
 .notes{font-size:13px;color:var(--soft);margin:0 0 12px;padding-left:26px;max-width:110ch}
 .notes li:target{background:var(--raised);color:var(--ink)}
 details{margin:8px 0}summary{cursor:pointer;color:var(--link)}

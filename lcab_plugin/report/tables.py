@@ -19,7 +19,7 @@ _SIGNS = {"pass": "✓ ", "fail": "✗ ", "warn": "! "}
 class Value:
     """One field. ``raw`` goes to the CSV, ``text`` is shown. ``tint``: 0 to 1, how dark its ground is.
     ``best``: of its row. ``note``: number of the table's note that explains it. ``verdict``: pass, fail or
-    warn, shown by a sign and a colour."""
+    warn, shown by a sign and a colour. ``aside``: stands before the text, softer."""
 
     raw: Any
     text: str
@@ -27,6 +27,7 @@ class Value:
     best: bool = False
     note: int | None = None
     verdict: str | None = None
+    aside: str = ""
 
 
 def value(raw: Any, **how: Any) -> Value:
@@ -115,6 +116,8 @@ class Table:
         css = f' class="{" ".join(names)}"' if names else ""
         tint = f' style="--t:{v.tint * 45:.0f}%"' if v.tint else ""
         text = _broken(_SIGNS.get(v.verdict or "", "") + v.text)
+        if v.aside:
+            text = f'<span class="aside">{_broken(v.aside)}</span> {text}'
         if v.best:
             text += '<span class="hidden"> best</span>'
         if v.note is not None:
@@ -132,6 +135,8 @@ def _plain(v: Value) -> str:
     text = _cell(_SIGNS.get(v.verdict or "", "") + v.text)
     if v.best:
         text = f"**{text}**"
+    if v.aside:
+        text = f"{_cell(v.aside)} {text}"
     return f"{text} [{v.note}]" if v.note is not None else text
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from lcab_plugin import masks, report
 from lcab_plugin.errors import LcabError
-from lcab_plugin.report import svg
+from lcab_plugin.report import pictures, svg
 from tests.report.made_records import RUN, cp_cell, kernel_cell, parity, training_run, write
 
 VOID = {"meta", "br", "wbr", "link", "img", "input", "hr"}
@@ -103,7 +103,47 @@ def test_the_best_of_a_mask_is_set_apart(folder):
 def test_scaling_is_drawn_against_ranks_with_the_same_sequence(folder):
     page, _, _ = made(folder)
     assert "scaling efficiency, the same sequence on more ranks" in page
-    assert "ring_p2p zigzag, 4: 0.5" in page  # a point's tooltip
+    assert "ring_p2p, 4: 0.5" in page  # a point's tooltip
+
+
+def test_a_strategy_is_one_line_though_its_degrees_follow_the_ranks(tmp_path):
+    cells = [cp_cell("usp", w, 8 / w, degrees={"ulysses": 2, "ring": w // 2}) for w in (4, 8, 16)]
+    write(tmp_path / "cp.jsonl", [RUN, *cells])
+    page, markdown, written = made(tmp_path)
+    assert page.count("usp, 16: 0.5") == 1
+    assert page.count('class="line s0" points=') == 3  # speed, efficiency, bytes; no bars of single points
+    assert 'class="f0" x=' not in page
+    assert [row[""] for row in table(written, "cp-1-speed-fwd-16-1024")] == ["usp"]
+    assert "| usp | 2x8 zigzag 2 |" in markdown
+
+
+def test_a_strategy_is_one_row_though_its_layout_follows_the_mask(tmp_path):
+    window = masks.sliding_window_causal(1024, 128)
+    other = {"mask": "sliding_window_causal", "parameters": {"left": 128}, "digest": window.digest}
+    cells = [cp_cell("ring_p2p", 2, 4.0), cp_cell("ring_p2p", 2, 2.0, layout="contiguous", **other)]
+    write(tmp_path / "cp.jsonl", [RUN, *cells])
+    page, _, written = made(tmp_path)
+    (row,) = table(written, "cp-1-speed-fwd-2-1024")
+    assert row == {"": "ring_p2p", "causal": "0.25", "sliding_window_causal": "0.5"}
+    assert '<span class="aside">contiguous</span> 0.5' in page
+    write(tmp_path / "two.jsonl", [RUN, cp_cell("ring_p2p", 2, 8.0, layout="contiguous")])
+    _, _, written = made(tmp_path)  # now two layouts compete under one mask
+    rows = table(written, "cp-1-speed-fwd-2-1024")
+    assert [row[""] for row in rows] == ["ring_p2p contiguous", "ring_p2p zigzag"]
+    assert [row["causal"] for row in rows] == ["0.125", "0.25"]
+
+
+def test_the_mask_of_many_cells_is_made_once(folder, monkeypatch):
+    pictures._rebuilt.cache_clear()
+    made_masks = []
+    known = masks.from_name
+    monkeypatch.setattr(masks, "from_name", lambda *a, **k: made_masks.append(a) or known(*a, **k))
+    cells = [kernel_cell(f"k{i}", 64, 1.0, hardware="NVIDIA H100 80GB HBM3") for i in range(20)]
+    made_masks.clear()
+    write(folder / "k.jsonl", [RUN, *cells])
+    shutil.rmtree(folder / "cp")
+    made(folder)
+    assert len(made_masks) <= 2  # that, and the training runs' causal
 
 
 def test_volume_counted_and_by_formula_are_compared(folder):
