@@ -14,7 +14,7 @@ from lcab_plugin import kernels, masks
 from lcab_plugin.errors import LcabError
 from lcab_plugin.masks import AttentionMask
 from lcab_plugin.planner import links
-from lcab_plugin.planner.hardware import Hardware, find
+from lcab_plugin.planner.hardware import HOST_MOST, Hardware, find
 from lcab_plugin.planner.links import Fitted, Transfer
 from lcab_plugin.planner.shape import ITEMSIZE
 from lcab_plugin.planner.speeds import (
@@ -234,8 +234,8 @@ def _fit_links(cells: list[Record], hardware: Hardware, result: Calibration) -> 
 
 def _fit_linear(steps: list[Record], hardware: Hardware, dtype: str, result: Calibration) -> None:
     """The share of the peak that matrices reach: what a step takes beyond its attention, at the kernel's own
-    speed, is theirs. Transfers, the optimizer and recomputation count as theirs too. One step in ``HELD_OUT``
-    is held back."""
+    speed, is theirs. Transfers, the optimizer and recomputation count as theirs too, waiting for the host
+    does not. One step in ``HELD_OUT`` is held back."""
     speeds = table(hardware, dtype, result.speeds)
     rest, linear, measured, names = [], [], [], []
     for step in steps:
@@ -249,15 +249,26 @@ def _fit_linear(steps: list[Record], hardware: Hardware, dtype: str, result: Cal
         area = (step["model_tflops"] * 1e12 / run["world"] - flops) / 3  # attention's, forward
         speed = speeds.get(run["attention"]["kernel"], assumed(hardware, dtype))
         computed = COSTS.index("computed")
-        rest.append(area * sum(PASSES[p] * getattr(speed, p)[computed] for p in PASSES))
-        linear.append(flops / hardware.peak_of(dtype))
+        attention = area * sum(PASSES[p] * getattr(speed, p)[computed] for p in PASSES)
+        ideal = flops / hardware.peak_of(dtype)
+        if hardware.device == "cuda" and attention + ideal / hardware.linear_share < _host(run):
+            result.left_out["training steps so short that GPUs may have waited for the host"] += 1
+            continue
+        rest.append(attention)
+        linear.append(ideal)
         measured.append(step["step_ms"] / 1e3)
         names.append(f"{run['name']} step {step['step']}")
-    attention, ideal, seconds = map(np.array, (rest, linear, measured))
+    times, ideals, seconds = map(np.array, (rest, linear, measured))
     held = np.arange(len(seconds)) % HELD_OUT == HELD_OUT - 1
-    known = ~held & (seconds > attention) if len(seconds) else held
+    known = ~held & (seconds > times) if len(seconds) else held
     if not known.any():
         return
-    share = float(np.median(ideal[known] / (seconds[known] - attention[known])))
+    share = float(np.median(ideals[known] / (seconds[known] - times[known])))
     result.linear_share = share
-    result.errors.append(_error("training step", attention + ideal / share, seconds, held, names))
+    result.errors.append(_error("training step", times + ideals / share, seconds, held, names))
+
+
+def _host(run: Record) -> float:
+    """Seconds that a step of this run may have taken for the host alone."""
+    each = HOST_MOST[run.get("zero_stage") or 0]  # Megatron's runs name no stage
+    return float(each * run["model"]["layers"] * run.get("accumulation_steps", 1))

@@ -70,6 +70,9 @@ class Hardware:
 INSIDE_SHARE, BETWEEN_SHARE = 0.5, 0.8
 # Seconds a message takes however small it is: a launch and the fabric. Assumed; --calibrate fits them.
 INSIDE_LATENCY, BETWEEN_LATENCY = 8e-6, 20e-6
+# Seconds a layer and sequence of steps in which H100s waited for the host (125 million parameters, 8K tokens,
+# one and two GPUs; docs/results/2026-11-24-2xh100): the least of all, the most by stage of ZeRO.
+HOST_LEAST, HOST_MOST = 5e-3, {0: 12e-3, 1: 12e-3, 2: 12e-3, 3: 24e-3}
 
 
 def _gpu(

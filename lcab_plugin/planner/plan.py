@@ -13,16 +13,14 @@ from lcab_plugin.errors import LcabError, unknown
 from lcab_plugin.masks import AttentionMask
 from lcab_plugin.planner import candidates, split, traffic
 from lcab_plugin.planner.candidates import Candidate
-from lcab_plugin.planner.hardware import Hardware
+from lcab_plugin.planner.hardware import HOST_LEAST, HOST_MOST, Hardware
 from lcab_plugin.planner.memory import RESERVED, USABLE
 from lcab_plugin.planner.predict import Plan, Setting, footprint, terms
 from lcab_plugin.planner.shape import Cluster, Model
 from lcab_plugin.planner.speeds import Speed, assumed, table
 
 REFERENCES = ("naive", "sdpa_math")  # for tests: chosen only by name
-# Seconds a layer and sequence of steps in which H100s waited for the host (125 million parameters, 8K tokens,
-# one and two GPUs; docs/results/2026-11-24-2xh100): the least of all, the most by stage of ZeRO.
-HOST_LEAST, HOST_MOST = 5e-3, {0: 12e-3, 1: 12e-3, 2: 12e-3, 3: 24e-3}
+ALIKE = 1.01  # times the fastest: steps between which the model, whose own errors are larger, does not decide
 
 
 @dataclass(frozen=True)
@@ -67,6 +65,11 @@ class Prediction:
         return sum(self.terms.values())
 
     @property
+    def attention(self) -> float:
+        """Seconds of the step for which attention keeps the slowest rank."""
+        return sum(self.terms[name] for name in ("attention", "imbalance", "exposed"))
+
+    @property
     def bytes(self) -> float:
         """Of a rank."""
         return sum(self.memory.values())
@@ -90,6 +93,9 @@ def rank(setting: Setting, choice: Choice, fitted: dict[str, Speed] | None = Non
     """Every candidate: first what can run, the fastest first and among equals in the order of the tables;
     then the rest, each with its reason.
 
+    Of those within ``ALIKE`` of the fastest the one whose attention takes least is first. Where a step waits
+    for its parameters, the time of a slow kernel hides them, and costs nothing by the model.
+
     Raises:
         LcabError: nothing is left to choose from; the message says what to change.
     """
@@ -108,7 +114,10 @@ def rank(setting: Setting, choice: Choice, fitted: dict[str, Speed] | None = Non
             f"none of the strategies {', '.join(strategies)} has degrees for {cps} context-parallel ranks; "
             "allow another strategy or number of ranks."
         )
-    return sorted(found, key=lambda p: (p.reason is not None, p.seconds))
+    found.sort(key=lambda p: (p.reason is not None, p.seconds))
+    runs = [p for p in found if p.reason is None]
+    alike = sum(p.seconds <= ALIKE * runs[0].seconds for p in runs)
+    return sorted(found[:alike], key=lambda p: p.attention) + found[alike:]
 
 
 def best(setting: Setting, choice: Choice, fitted: dict[str, Speed] | None = None) -> Prediction:

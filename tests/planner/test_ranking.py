@@ -22,6 +22,7 @@ from lcab_plugin.planner import (
     memory,
     predict,
 )
+from lcab_plugin.planner.plan import ALIKE
 from lcab_plugin.planner.predict import _Parts, _rings
 from lcab_plugin.planner.traffic import Span
 
@@ -66,7 +67,9 @@ def test_the_ranking_is_whole_ordered_and_deterministic(
     once, again = ranked(cluster=cluster, mask=mask), ranked(cluster=cluster, mask=mask)
     assert [p.to_dict() for p in once] == [p.to_dict() for p in again]
     runs = [p.seconds for p in once if p.reason is None]
-    assert runs == sorted(runs)
+    alike = sum(seconds <= ALIKE * min(runs) for seconds in runs)
+    assert max(runs[:alike], default=0) <= ALIKE * min(runs, default=0)
+    assert runs[alike:] == sorted(runs[alike:])
     assert [p.reason is None for p in once] == sorted((p.reason is None for p in once), reverse=True)
     for p in once:
         assert all(math.isfinite(x) and x >= 0 for x in (*p.terms.values(), *p.memory.values()))
@@ -211,6 +214,14 @@ def test_steps_that_wait_for_the_host_are_told(
     said = planner.host_bound(planner.rank(given, Choice(kernels=("triton",)))[0], given)
     assert bool(said) == bool(words)
     assert all(word in (said or "") for word in words)
+
+
+def test_a_kernel_is_not_chosen_for_hiding_the_parameters_by_being_slow() -> None:
+    found = ranked(model=MODELS["llama3-8b"], mask=masks.prefix_lm_causal(4096, 1024))
+    fastest = min(found, key=lambda p: p.seconds)
+    assert fastest.terms["attention"] > 0.1  # and ZeRO 3's gathers hidden behind it
+    assert found[0].attention < 0.25 * fastest.attention
+    assert found[0].seconds < ALIKE * fastest.seconds
 
 
 def test_unmeasured_kernels_are_marked() -> None:

@@ -94,7 +94,7 @@ def test_the_share_of_matrices_is_fitted_to_training() -> None:
         "first_step": 0,
         "device": "NVIDIA H100 80GB HBM3",
         "dtype": "bf16",
-        "model": {"vocab": 100, "hidden": 64},
+        "model": {"vocab": 100, "hidden": 64, "layers": 12},
         "parameters": 1e9,
         "world": 8,
         "attention": {"kernel": "triton"},
@@ -117,3 +117,16 @@ def test_the_share_of_matrices_is_fitted_to_training() -> None:
     assert fitted.linear_share == pytest.approx(0.45, rel=1e-3)
     assert (fitted.errors[0].fitted, fitted.errors[0].held) == (6, 2)
     assert fitted.errors[0].largest < 1e-3
+
+
+def test_steps_that_wait_for_the_host_say_nothing_of_matrices() -> None:
+    training = RESULTS.parent / "2026-11-24-2xh100" / "training"
+    steps = [r for path in sorted(training.glob("*.jsonl")) for r in calibrate.measured(records.read(path))]
+    fitted = calibrate.fit(steps, HARDWARE["H100"], "bf16")
+    assert fitted.linear_share == pytest.approx(0.28, abs=0.05)  # of 1b; 125m waits, and would give 0.02
+    (error,) = fitted.errors
+    assert error.what == "training step"
+    assert error.held >= 10
+    assert error.median < 0.1, error
+    assert error.largest < 0.3, error
+    assert fitted.left_out["training steps so short that GPUs may have waited for the host"] > 500
