@@ -39,7 +39,8 @@ def describe(
     seqlen: Annotated[int, typer.Option(help="Tokens.")] = 4096,
     lengths: Annotated[str | None, typer.Option(help="Document lengths, comma separated.")] = None,
     documents: Annotated[
-        str, typer.Option(help="Corpus to sample document lengths from, without --lengths.")
+        str,
+        typer.Option(help="Corpus to sample document lengths from, or a .json histogram, without --lengths."),
     ] = "pile",
     seed: Annotated[int, typer.Option(help="Seed of the sampled lengths and blocks.")] = 0,
     left: Annotated[int | None, typer.Option(help="Earlier keys in the window.")] = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from importlib import resources
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -147,11 +148,12 @@ def test_bad_dense(dense: torch.Tensor) -> None:
 def test_sampled_lengths_fill_the_sequence(n: int, distribution: str, seed: int) -> None:
     lengths = masks.sample_lengths(n, distribution, seed)
     assert sum(lengths) == n
-    assert all(type(length) is int and 1 <= length <= max(1, n // 4) for length in lengths)
+    most = n if distribution.endswith("_long") else n // 4
+    assert all(type(length) is int and 1 <= length <= max(1, most) for length in lengths)
     assert lengths == masks.sample_lengths(n, distribution, seed)
 
 
-@pytest.mark.parametrize("distribution", masks.distributions())
+@pytest.mark.parametrize("distribution", ["pile", "prolong64k", "prolong512k"])
 def test_sampled_lengths_follow_the_histogram(distribution: str) -> None:
     text = resources.files("lcab_plugin.masks").joinpath(f"data/{distribution}.json").read_text()
     histogram = {tuple(map(int, key[1:-1].split(","))): weight for key, weight in json.loads(text).items()}
@@ -161,6 +163,40 @@ def test_sampled_lengths_follow_the_histogram(distribution: str) -> None:
     for (low, high), weight in histogram.items():
         share = ((lengths >= max(low, 1)) & (lengths < high)).mean()
         assert abs(share - weight / total) < 5 * (weight / total / len(lengths)) ** 0.5 + 1 / len(lengths)
+
+
+def test_three_fifths_of_the_tokens_are_in_long_documents() -> None:
+    n = 1 << 26
+    lengths = np.array(masks.sample_lengths(n, "prolong512k_long", 0))
+    corpus = np.array(masks.sample_lengths(n, "prolong512k", 0))
+    window = (8 << 10, 30 << 10)
+    own, theirs = (int(x[(x >= window[0]) & (x <= window[1])].sum()) for x in (lengths, corpus))
+    assert own == pytest.approx(0.6 * n + 0.4 * theirs, rel=0.05)
+    halves = np.cumsum(lengths) < n / 2  # shuffled: as many long ones in front as behind
+    long = lengths >= window[0]
+    assert long[halves].sum() == pytest.approx(long[~halves].sum(), rel=0.2)
+
+
+def test_lengths_of_a_histogram_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text('{"[0,10)": 3, "[1000,1001)": 1.0}')
+    lengths = np.array(masks.sample_lengths(1 << 20, str(path), 0))
+    assert set(lengths[:-1]) == {*range(1, 10), 1000}
+    assert (lengths == 1000).mean() == pytest.approx(0.25, abs=0.05)
+    assert max(masks.sample_lengths(1500, str(path), 0)) == 1000  # no cap at a quarter
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[1, 2]", "{}", '{"[0,1)": 1}', '{"[9,5)": 1}', '{"1-5": 1}', '{"[1,5)": -1}', '{"[1,5)": "a"}'],
+)
+def test_what_is_no_histogram_is_told(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "mine.json"
+    with pytest.raises(LcabError, match=r"cannot read the document lengths of .*mine\.json: No such file"):
+        masks.sample_lengths(100, str(path), 0)
+    path.write_text(text)
+    with pytest.raises(LcabError, match=r"mine\.json is no histogram of document lengths such as"):
+        masks.sample_lengths(100, str(path), 0)
 
 
 def test_bad_samples() -> None:
