@@ -90,7 +90,7 @@ SENT = Quantity(
 )
 MEMORY = Quantity("peak GiB of the fullest rank", lambda r: r.get("peak_memory_gib"), better=-1)
 _MATRICES = (
-    ("speed", SPEED, "TFLOP/s per rank over the exact area of the mask, behind degrees and layout"),
+    ("speed", SPEED, "TFLOP/s per rank over the exact area of the mask"),
     ("efficiency", EFFICIENCY, "Scaling efficiency: time of one process over ranks times theirs"),
     ("sent", SENT, "MiB that the rank sends that sends most, counted"),
 )
@@ -177,7 +177,8 @@ def section(found: Iterable[Record]) -> Section:
         Text(
             "A call takes what its slowest rank takes. Efficiency is the time of plain attention on one "
             "process over ranks times theirs, measured in turn; bytes are counted on the way and, apart from "
-            "that, computed from the mask (the line across a bar)."
+            "that, computed from the mask (the line across a bar). Before a value of TFLOP/s stand degrees "
+            "and layout, where they are not in the strategy's name."
         )
     )
     names = _Names.of(cells)

@@ -20,6 +20,8 @@ from lcab_plugin.report.tables import Table, Value, value
 from lcab_plugin.training.schema import Record
 
 _SIZE = 200  # pixels
+# of more, a picture shows no detail: sparse blocks are an even grey, and take 10 s at 768K tokens
+_TOKENS, _SLICES = 1 << 16, 1000
 _SAMPLED = ("documents", "seed", "count", "prefixes")  # in a record, instead of the lengths themselves
 _KEPT = 8  # masks; those of 1M tokens in sparse blocks are of 50 MB each
 
@@ -43,26 +45,26 @@ def _rebuilt(name: str, n: int, parameters_json: str, digest: str) -> AttentionM
 
 
 def section(cells: Iterable[Record]) -> Section:
-    """One picture of every mask, at the longest length it was measured at."""
-    longest: dict[str, Record] = {}
+    """One picture of every mask, at the longest length it was measured at whose detail it shows."""
+    labels: dict[str, dict[int, Record]] = {}
     distinct: set[str] = set()
     for cell in cells:
         distinct.add(cell["digest"])
         label = mask_label(cell["mask"], cell.get("parameters") or {})
-        if label not in longest or cell["seqlen"] > longest[label]["seqlen"]:
-            longest[label] = cell
-    families = {cell["mask"] for cell in longest.values()}
+        labels.setdefault(label, {})[cell["seqlen"]] = cell
+    families = {label.partition(" ")[0] for label in labels}
     made = Section("masks", "Masks")
     made.blocks.append(
         Text(
-            f"{len(distinct)} masks of {len(families)} families were measured; each at its longest. "
+            f"{len(distinct)} masks of {len(families)} families were measured; each at the longest "
+            "length whose detail a picture shows. "
             "Queries downwards, keys to the right; what is visible is filled in. A mask is made again from "
             "the record's parameters and drawn if it has the record's digest."
         )
     )
     figures, rows = [], []
-    for name, cell in sorted(longest.items(), key=lambda item: grids.place(item[0])):
-        mask = rebuild(cell)
+    for name, by_length in sorted(labels.items(), key=lambda item: grids.place(item[0])):
+        cell, mask = _plainest(by_length)
         share = None if mask is None else mask.area / (mask.q_len * mask.k_len)
         if mask is not None:
             words = f"{name}, {tokens(cell['seqlen'])} tokens, {share:.1%} visible"
@@ -84,3 +86,13 @@ def section(cells: Iterable[Record]) -> Section:
     columns = ["mask", ">tokens", ">slices", ">visible pairs", ">visible", "picture"]
     made.blocks.append(Table("masks-drawn", "The masks drawn", columns, rows, folded=True))
     return made
+
+
+def _plainest(cells: dict[int, Record]) -> tuple[Record, AttentionMask | None]:
+    """Of a mask's lengths the longest whose detail a picture shows, or the shortest."""
+    for n in sorted((n for n in cells if n <= _TOKENS), reverse=True):
+        mask = rebuild(cells[n])
+        if mask is not None and len(mask.array) <= _SLICES:
+            return cells[n], mask
+    shortest = cells[min(cells)]
+    return shortest, rebuild(shortest)

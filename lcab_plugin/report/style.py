@@ -22,13 +22,14 @@ nav ul{display:flex;flex-wrap:wrap;gap:4px 18px;list-style:none;margin:12px 0 0;
 .hidden{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
 .scroll{overflow-x:auto;margin:14px 0 8px;max-width:100%}
 .scroll:focus-visible,summary:focus-visible,a:focus-visible{outline:2px solid var(--link);outline-offset:2px}
-table{border-collapse:collapse;width:max-content;font-size:13.5px;font-variant-numeric:tabular-nums}
+table{border-collapse:collapse;font-size:13.5px;font-variant-numeric:tabular-nums}
 caption{text-align:left;font-weight:600;padding:0 0 6px;white-space:nowrap}
 th,td{padding:4px 10px;border-bottom:1px solid var(--rule);text-align:left;vertical-align:top;
 overflow-wrap:break-word;max-width:34em}
 thead th{background:var(--raised);color:var(--soft);font-weight:600;vertical-align:bottom;
 }
-tbody th{font-weight:500;white-space:nowrap}
+tbody th{font-weight:500}
+.wide table{width:max-content}.wide tbody th{white-space:nowrap}
 th.n,td.n{text-align:right}td.n{white-space:nowrap}
 td[style]{background:color-mix(in srgb,var(--tint) var(--t),transparent)}
 td.best{font-weight:700}.aside{color:var(--soft);font-weight:400}td.pass{color:var(--good)}td.fail{color:var(--bad);font-weight:700}

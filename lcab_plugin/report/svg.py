@@ -13,7 +13,7 @@ from html import escape
 COLOURS = 8  # the page's variables --c0 to --c7
 _SHAPES = 6  # of markers; with the dashes 24 looks that need no colour
 _DASHES = ("", "7 3", "2 3", "8 3 2 3")
-_WIDTH, _HEIGHT, _BAR_WIDTH = 340, 230, 430
+_WIDTH, _HEIGHT, _BAR_ROOM = 340, 230, 160
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 10, 40
 _MARKS = 40  # points of a series that get a marker
 
@@ -260,14 +260,15 @@ class Bar:
 
 
 def bar_chart(title: str, label: str, bars: Sequence[Bar], high: float | None = None) -> str:
-    """Horizontal bars from zero, their numbers beside them. ``high``: end of a shared axis."""
-    name_px = min(210, 6.6 * max((len(bar.name) for bar in bars), default=1) + 10)
-    room = _BAR_WIDTH - name_px - 64
+    """Horizontal bars from zero, their numbers beside them. ``high``: end of a shared axis, as long in every
+    chart."""
+    name_px = min(300, 6.6 * max((len(bar.name) for bar in bars), default=1) + 10)
+    room = _BAR_ROOM
     top = high or max((v for b in bars for v in (b.value, b.tick or 0.0)), default=1.0) or 1.0
     parts = []
     for i, bar in enumerate(bars):
         y, width = 4 + 20 * i, round(room * max(bar.value, 0.0) / top, 1)
-        shown = bar.name if len(bar.name) <= 31 else bar.name[:30] + "…"
+        shown = bar.name if len(bar.name) <= 44 else bar.name[:43] + "…"
         parts += [
             f'<text class="end" x="{name_px - 6}" y="{y + 11}">{escape(shown)}'
             f"<title>{escape(bar.name)}</title></text>",
@@ -280,7 +281,7 @@ def bar_chart(title: str, label: str, bars: Sequence[Bar], high: float | None = 
     height = 20 * len(bars) + 26
     parts.append(f'<text class="mid label" x="{name_px + room / 2}" y="{height - 6}">{escape(label)}</text>')
     values = ", ".join(f"{bar.name} {number(bar.value)}" for bar in bars)
-    return _svg(_BAR_WIDTH, height, f"{title}: {label}: {values}", parts)
+    return _svg(round(name_px + room + 64), height, f"{title}: {label}: {values}", parts)
 
 
 def _svg(width: int, height: int, words: str, parts: Iterable[str]) -> str:

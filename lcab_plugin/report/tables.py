@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -42,7 +43,8 @@ def value(raw: Any, **how: Any) -> Value:
 @dataclass
 class Table:
     """``name``: of its CSV file and its place in the page, unique. ``columns``: those that begin with ``>``
-    hold numbers. ``notes``: explain fields. ``folded``: closed until the reader opens it."""
+    hold numbers. ``notes``: explain fields. ``folded``: closed until the reader opens it. ``wide``: text does
+    not break to fit the page."""
 
     name: str
     caption: str
@@ -50,6 +52,7 @@ class Table:
     rows: list[list[Value]]
     notes: list[str] = field(default_factory=list)
     folded: bool = False
+    wide: bool = False
 
     @property
     def titles(self) -> list[str]:
@@ -67,7 +70,8 @@ class Table:
             f'<th scope="col"{self._numeric(i)}>{_broken(title)}</th>' for i, title in enumerate(self.titles)
         )
         inner = (
-            f'<div class="scroll" role="region" tabindex="0" aria-labelledby="{self.name}">'
+            f'<div class="scroll{" wide" if self.wide else ""}" role="region" tabindex="0" '
+            f'aria-labelledby="{self.name}">'
             f'<table><caption id="{self.name}">{escape(self.caption)}</caption>'
             f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
         )
@@ -105,7 +109,7 @@ class Table:
         return ' class="n"' if self.columns[i].startswith(">") else ""
 
     def _row(self, row: Sequence[Value]) -> str:
-        cells = [f'<th scope="row">{escape(row[0].text)}</th>'] if row else []
+        cells = [f'<th scope="row">{_broken(row[0].text)}</th>'] if row else []
         cells += [self._field(i, v) for i, v in enumerate(row[1:], start=1)]
         return f"<tr>{''.join(cells)}</tr>"
 
@@ -127,8 +131,8 @@ class Table:
 
 
 def _broken(text: str) -> str:
-    """Text whose lines may break after an underscore or a slash."""
-    return escape(text).replace("_", "_<wbr>").replace("/", "/<wbr>")
+    """Text whose lines may break after an underscore or a slash, but not in tokens/s."""
+    return re.sub(r"_|/(?=[^/]{3})", r"\g<0><wbr>", escape(text))
 
 
 def _plain(v: Value) -> str:
@@ -161,4 +165,4 @@ class Notes:
 def listing(name: str, caption: str, columns: dict[str, str], rows: Iterable[dict[str, Any]]) -> Table:
     """A folded table of records. ``columns``: title (``>`` for numbers) by field."""
     made = [[value(row.get(field_name)) for field_name in columns] for row in rows]
-    return Table(name, caption, list(columns.values()), made, folded=True)
+    return Table(name, caption, list(columns.values()), made, folded=True, wide=True)

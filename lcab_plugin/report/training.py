@@ -14,13 +14,14 @@ from lcab_plugin.report import evaluation, grids, svg
 from lcab_plugin.report.grids import Quantity
 from lcab_plugin.report.section import Heading, Section, Text
 from lcab_plugin.report.sources import Source
-from lcab_plugin.report.tables import Notes, Table, Value, value
+from lcab_plugin.report.tables import Notes, Table, Value, listing, value
 from lcab_plugin.training import records
 from lcab_plugin.training.schema import Record
 
 _WARM_UP = 2  # steps that no median counts
 _LINES = 12  # runs of a chart drawn by themselves; of more, the band and the farthest ones
 _POINTS = 300  # of a drawn line
+_MIDDLE, _MIDDLE_STYLE = "median of the deviations, their band", svg.COLOURS * 2 + 7
 # Runs that must agree: the same model on the same text in the same order.
 _SAME = (
     "model",
@@ -45,19 +46,27 @@ def section(sources: Sequence[Source]) -> Section:
     style = grids.styles(sorted({row["label"] for row in rows}))
     made.blocks += [_table(rows), *evaluation.memory("training-memory", rows)]
     for quantity, what in ((_SPEED, "Throughput"), (_MEMORY, "Memory")):
+        drawn: set[int] = set()
         for x, other, words in (("seqlen", "world", "length"), ("world", "seqlen", "ranks")):
             panel = partial(_panel, other)
-            drawn = grids.several(rows, panel, x)
-            chart = grids.panels(drawn, panel, _label, x, quantity, style) if drawn else ""
-            made.figure(chart, f"{what} against {words}")
+            lines = grids.several(rows, partial(_line, other), x)
+            made.figure(grids.panels(lines, panel, _label, x, quantity, style), f"{what} against {words}")
+            drawn |= set(map(id, lines))
+        alone = [row for row in rows if id(row) not in drawn]
+        made.figure(grids.panels(alone, partial(_panel, "world"), _label, "seqlen", quantity, style), what)
     for number, inside in enumerate(groups.values(), start=1):
         _add_losses(made, number, inside, style)
+    made.blocks.append(listing("training-all", f"All {len(rows)} runs", _COLUMNS, rows))
     return made
 
 
 def _panel(other: str, row: Record) -> str:
     of = f"{row['world']} ranks" if other == "world" else f"{svg.tokens(row['seqlen'])} tokens"
-    return f"{row['mask']}, {row['model_words']}, {of}"
+    return ", ".join(part for part in (row["mask"], row["model_words"], of) if part)
+
+
+def _line(other: str, row: Record) -> str:
+    return f"{_panel(other, row)}, {_label(row)}"
 
 
 def _label(row: Record) -> str:
@@ -71,6 +80,7 @@ def summary(source: Source) -> Record | None:
     if not steps:
         return None
     attention, framework, model = run["attention"], run.get("framework", "deepspeed"), run["model"]
+    facts = evaluation.facts(source.records)
     counted = steps[min(_WARM_UP, len(steps) - 1) :]
     parts = [attention["kernel"], attention["strategy"]]
     parts += [attention.get("layout")] if attention["strategy"] != "none" else []
@@ -93,8 +103,10 @@ def summary(source: Source) -> Record | None:
         "asked": run.get("steps"),
         "run": run,
         "loss": steps[-1]["loss"],
+        "done": len(steps),
         "model": model,
-        **evaluation.facts(source.records),
+        **facts,
+        "validation": (facts["eval"] or {}).get("loss"),
         **{
             name: _median([s[name] for s in counted if s.get(name) is not None])
             for name in ("step_ms", "tokens_per_s", "mfu")
@@ -107,30 +119,31 @@ def _median(values: Sequence[float]) -> float | None:
     return statistics.median(values) if values else None
 
 
+_COLUMNS = {
+    "name": "run",
+    "mask": "mask",
+    "label": "attention",
+    "world": ">ranks",
+    "seqlen": ">tokens",
+    "done": ">steps",
+    "loss": ">last loss",
+    "validation": ">validation loss",
+    "step_ms": ">median step ms",
+    "tokens_per_s": ">tokens/s",
+    "mfu": ">MFU",
+    "peak_memory_gib": ">peak GiB",
+    "device": "device",
+    "file": "file",
+}
+
+
 def _table(rows: Sequence[Record]) -> Table:
-    columns = {
-        "name": "run",
-        "mask": "mask",
-        "label": "attention",
-        "world": ">ranks",
-        "seqlen": ">tokens",
-        "done": ">steps",
-        "loss": ">last loss",
-        "validation": ">validation loss",
-        "step_ms": ">median step ms",
-        "tokens_per_s": ">tokens/s",
-        "mfu": ">MFU",
-        "peak_memory_gib": ">peak GiB",
-        "device": "device",
-        "file": "file",
-    }
+    columns = {name: title for name, title in _COLUMNS.items() if name not in ("device", "file")}
     made = []
     for row in rows:
-        done = len(row["steps"])
-        short = row["asked"] is not None and done < row["asked"]
-        of = Value(done, f"{done} of {row['asked']}", verdict="warn") if short else value(done)
-        last = (row["eval"] or {}).get("loss")
-        own = {"done": of, "validation": value(last)}
+        done, asked = row["done"], row["asked"]
+        short = asked is not None and done < asked
+        own = {"done": Value(done, f"{done} of {asked}", verdict="warn") if short else value(done)}
         line = [own.get(name) or value(row.get(name)) for name in columns]
         made.append(line)
     caption = f"{len(rows)} runs; medians leave out the first {_WARM_UP} steps"
@@ -142,7 +155,10 @@ def _add_losses(made: Section, number: int, rows: Sequence[Record], style: dict[
     first = rows[0]
     baseline = next((r for r in rows if r["baseline"]), first)
     made.blocks.append(
-        Heading(f"{first['mask']}, {first['model_words']}, {first['seqlen']} tokens: {len(rows)} runs")
+        Heading(
+            f"{', '.join(filter(None, (first['mask'], first['model_words'])))}, {first['seqlen']} tokens: "
+            f"{len(rows)} runs"
+        )
     )
     others = [r for r in rows if r is not baseline]
     drawn = [baseline, *sorted(others, key=lambda r: -_farthest(r, baseline))[: _LINES - 1]]
@@ -157,7 +173,8 @@ def _add_losses(made: Section, number: int, rows: Sequence[Record], style: dict[
     if left > 0:
         words += f" ({left} more runs, nearer to it, are in the band only)"
     panels = "".join(f"<figure>{chart}</figure>" for chart in charts)
-    shown = grids.legend({named[r["file"]]: number_of[r["file"]] for r in drawn})
+    looks = {named[r["file"]]: number_of[r["file"]] for r in drawn}
+    shown = grids.legend(looks | ({_MIDDLE: _MIDDLE_STYLE} if len(others) > 1 else {}))
     made.figure(f'{shown}<div class="panels">{panels}</div>', f"{words}.")
     made.blocks += evaluation.blocks(f"training-{number}", rows, named, number_of)
     if others:
@@ -233,7 +250,7 @@ def _deviation_chart(
         kept = _thin(sorted(by_step))
         floor = min((d for ds in by_step.values() for d in ds if d > 0), default=1e-12)
         low, middle, high = ([max(f(by_step[x]), floor) for x in kept] for f in (min, statistics.median, max))
-        series.insert(0, svg.Series("median of all", kept, middle, svg.COLOURS * 2 + 7, low, high))
+        series.insert(0, svg.Series(_MIDDLE, kept, middle, _MIDDLE_STYLE, low, high))
     y = svg.Axis("relative deviation of the loss", log=10)
     return svg.line_chart(svg.Chart("Deviation", svg.Axis("step"), y, series))
 

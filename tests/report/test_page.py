@@ -160,6 +160,9 @@ def test_losses_deviate_from_the_naive_run_on_the_same_tokens(folder):
     assert (row["run"], row["steps compared"]) == ("triton", "3")
     assert float(row["loss, largest"]) == pytest.approx(1e-4)
     assert "relative deviation of the loss" in page
+    write(folder / "runs" / "c" / "metrics.jsonl", training_run("flex", [5.0, 4.1, 3.0]))
+    page, _, _ = made(folder)
+    assert "median of the deviations, their band</li>" in page  # what is drawn is in the legend
 
 
 def test_runs_on_other_tokens_are_not_compared_number_by_number(folder):
@@ -211,6 +214,35 @@ def test_every_block_and_share_of_block_sparse_is_a_row(tmp_path):
     assert {row["mask"] for row in table(written, "kernels-cells")} == set(rows)
     assert page.count('class="mask"') == 5
     assert all(row["picture"] == "True" for row in table(written, "masks-drawn"))
+
+
+def test_a_mask_is_drawn_at_a_length_that_a_picture_shows(tmp_path):
+    lengths = (1 << 14, 1 << 16, 1 << 20)
+    write(tmp_path / "k.jsonl", [RUN, *(kernel_cell("naive", n, 1.0) for n in lengths)])
+    page, _, written = made(tmp_path)
+    assert [row["tokens"] for row in table(written, "masks-drawn")] == ["65536"]
+    assert "causal, 64K tokens, 50.0% visible" in page
+    cells = []
+    for n in (4096, 16384, 65536):  # 147, 2352 and 37532 slices
+        parameters = {"block": 128, "keep": 0.2, "seed": 0}
+        digest = masks.block_sparse(n, **parameters).digest
+        cells.append(
+            kernel_cell(
+                "naive", 128, 1.0, mask="block_sparse", parameters=parameters, digest=digest, seqlen=n
+            )
+        )
+    write(tmp_path / "k.jsonl", [RUN, *cells])
+    page, _, written = made(tmp_path)
+    assert [row["tokens"] for row in table(written, "masks-drawn")] == ["4096"]
+    assert "lighter where some" not in page
+
+
+def test_runs_of_one_length_and_world_are_bars(folder):
+    page, _, _ = made(folder)
+    figures = page.split("<figure>")
+    (speed,) = [f for f in figures if "tokens/s: " in f]
+    assert "naive none deepspeed fp32 100" in speed
+    assert "causal, 2 ranks, 64 tokens" in speed
 
 
 def test_of_cells_measured_twice_the_last_counts(folder):
