@@ -172,14 +172,21 @@ def test_the_benchmark_is_what_its_paper_says() -> None:
     )
     for sweep in (*kernels, *sparse, *cp):
         assert (sweep.heads, sweep.kv_heads, sweep.head_dim, sweep.dtype) == (64, 8, 128, "bf16")
-    assert [*kernels[0].masks, *sparse[0].masks] == list(masks.names())
+    asked = {(mask, n): sweep.documents for sweep in kernels for mask in sweep.masks for n in sweep.seqlens}
+    assert {mask for mask, _ in asked} | set(sparse[0].masks) == set(masks.names())
+    for mask in masks.names():
+        if mask != "block_sparse":
+            assert {k << 10 for k in (1, 2, 4, 8, 16, 24, 32, 40, 48)} <= {n for m, n in asked if m == mask}
+    for (mask, n), documents in asked.items():
+        if masks.needs_lengths(mask):
+            assert documents == ("pile" if n <= 12 << 10 else "prolong64k")
     assert (sparse[0].seqlens, sparse[0].blocks) == ([16384, 49152], [64, 128])
     assert sparse[0].keeps == [0.1, 0.2, 0.5, 0.8, 1.0]
-    assert {1024, 49152} <= set(kernels[0].seqlens)
     for sweep in cp:
         assert sweep.seqlens_per_rank == [8192]
         assert (min(sweep.worlds), max(sweep.worlds)) == (8, 96)
-        assert {"full", "causal", "causal_document"} <= set(sweep.masks)
+        assert {"full", "causal", "full_document", "causal_document"} <= set(sweep.masks)
+        assert sweep.documents == "prolong512k_long"
 
 
 def test_a_hostfile_places_ranks(tmp_path: Path) -> None:
