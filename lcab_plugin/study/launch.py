@@ -160,10 +160,10 @@ def _deepspeed(folder: Path, rank: int, meeting: tuple[str, int]) -> list[str]:
 
 
 def _srun(nodes: Sequence[Node]) -> list[str]:
-    """An agent on each node of the job that this process is in, with all of the node's processors."""
+    """An agent on each of the first nodes of this process's job, with all processors of its node."""
     cpus = os.environ.get("SLURM_CPUS_ON_NODE")
     return [
-        *("srun", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1"),
+        *("srun", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1", "--relative=0"),
         *((f"--cpus-per-task={cpus}",) if cpus else ()),
         "--kill-on-bad-exit=1",
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +61,7 @@ class Cluster:
     def __init__(self, study: Study, base: Path) -> None:
         self._study, self._launcher = study, study.launcher
         self._nodes: list[Node] = []
+        self._first = socket.gethostname()
         if self._launcher.kind in ("deepspeed", "torchrun"):
             if self._launcher.hostfile is None:
                 raise LcabError(
@@ -67,6 +69,8 @@ class Cluster:
                     "section, or --hostfile."
                 )
             self._nodes = read_hostfile(base / self._launcher.hostfile)
+        if self._launcher.kind == "slurm" and (held := os.environ.get("SLURM_JOB_NODELIST")):
+            self._first = _hosts(held)[0]
 
     def place(self, world: int) -> list[Node]:
         """The nodes of so many ranks: one with free slots to spare, or several that are filled.
@@ -99,8 +103,21 @@ class Cluster:
     def _of_slurm(self, world: int) -> list[Node]:
         per_node = self._launcher.gpus_per_node
         count = -(-world // per_node)
-        nodes = [Node(socket.gethostname(), min(world, per_node))] * count
+        nodes = [Node(self._first, min(world, per_node))] * count  # srun starts at the job's first
         return _filled(world, nodes, f"nodes of {per_node} GPUs")
+
+
+def _hosts(nodelist: str) -> list[str]:
+    """The names in slurm's short form of them, `node[01-12]`. The study itself may run on a login node, in an
+    allocation of salloc's: agents that were to meet there would wait for ever."""
+    try:
+        done = subprocess.run(
+            ["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = str(getattr(error, "stderr", None) or error).strip()
+        raise LcabError(f"scontrol does not name the job's nodes {nodelist}: {said}.") from None
+    return done.stdout.split()
 
 
 def _filled(world: int, nodes: list[Node], what: str) -> list[Node]:

@@ -164,9 +164,13 @@ def locked(out: Path, worlds: Sequence[int]) -> Iterator[None]:
             file = files.enter_context(path.open("a+"))
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 raise LcabError(
                     f"another `lcab study` runs {world}-rank cells in {out}; wait for it."
+                ) from None
+            except OSError as error:  # Lustre mounted without flock, for one
+                raise LcabError(
+                    f"cannot lock {path}: {error.strerror}; give an --out on a file system with locks."
                 ) from None
         yield
 

@@ -226,19 +226,55 @@ def test_slurm_gets_a_job_for_each_number_of_nodes(
     ]
 
 
+SRUN = """#!/bin/sh
+echo "$*" >> "$(dirname "$0")/steps"
+for word; do case $word in --ntasks=*) tasks=${word#--ntasks=} ;; esac; done
+while [ "${1#--}" != "$1" ]; do shift; done
+while [ "$((tasks -= 1))" -gt 0 ]; do "$@" & done
+"$@" && wait
+"""
+
+
+def job(folder: Path, nodes: int, first: str) -> dict[str, str]:
+    """The environment of a slurm job, with stand-ins for its commands; srun's starts all tasks here."""
+    scontrol = f'#!/bin/sh\n[ "$*" = "show hostnames {first}-and-more" ] && echo {first} && echo node-more\n'
+    for name, text in (("srun", SRUN), ("scontrol", scontrol)):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    held = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": str(nodes), "SLURM_JOB_NODELIST": f"{first}-and-more"}
+    return {**held, "SLURM_CPUS_ON_NODE": "2", "PATH": f"{folder}:{os.environ['PATH']}"}
+
+
 def test_in_a_job_srun_starts_the_agents(tmp_path: Path) -> None:
-    srun = tmp_path / "srun"
-    srun.write_text(
-        '#!/bin/sh\necho "$*" >> "$(dirname "$0")/steps"\n'
-        'while [ "${1#--}" != "$1" ]; do shift; done\nexec "$@"\n'
-    )
-    srun.chmod(0o755)
     file = study(tmp_path, KERNELS.replace("causal, full", "full"), launcher="launcher: {kind: slurm}")
-    inside = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_CPUS_ON_NODE": "2"}
-    found = cells(run(file, "--json", PATH=f"{tmp_path}:{os.environ['PATH']}", **inside))
+    found = cells(run(file, "--json", **job(tmp_path, 1, "node-a")))
     assert [cell["status"] for cell in found] == ["ok", "ok", "cannot run"]
-    steps = (tmp_path / "steps").read_text()
-    assert steps.startswith("--nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task=2 --kill-on-bad-exit=1")
+    words = "--nodes=1 --ntasks=1 --ntasks-per-node=1 --relative=0 --cpus-per-task=2 --kill-on-bad-exit=1"
+    assert (tmp_path / "steps").read_text().startswith(words)
+
+
+@pytest.mark.nightly
+def test_agents_of_a_job_meet_on_its_nodes(tmp_path: Path) -> None:
+    launcher = "launcher: {kind: slurm, gpus_per_node: 1}"
+    file = study(tmp_path, CP, launcher=launcher)
+    found = cells(run(file, "--json", **job(tmp_path, 2, "localhost")))
+    assert [cell["status"] for cell in found] == ["ok"]
+    assert "--nodes=2 --ntasks=2" in (tmp_path / "steps").read_text()
+
+
+def test_a_job_meets_at_its_first_node_wherever_the_study_runs(
+    tmp_path: Path, here: Lcab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = study(tmp_path, TRAINING, launcher="launcher: {kind: slurm, gpus_per_node: 2}")
+    for name, value in job(tmp_path, 2, "node-a").items():
+        monkeypatch.setenv(name, value)
+    status, shown, _ = here(file, "--dry-run")
+    assert status == 0
+    assert shown.count("--rdzv-endpoint node-a:") == 2
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "nowhere")
+    status, _, said = here(file, "--dry-run")
+    assert status == 2
+    assert "scontrol does not name the job's nodes nowhere" in said
 
 
 @pytest.mark.parametrize(

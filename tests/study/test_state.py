@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 from pathlib import Path
 
@@ -162,6 +164,17 @@ def test_one_study_at_a_time_runs_the_cells_of_a_world(tmp_path: Path) -> None:
         with pytest.raises(LcabError, match="another `lcab study` runs 4-rank cells"), locked(tmp_path, [4]):
             pass
     with locked(tmp_path, [4]):
+        pass
+
+
+def test_a_file_system_without_locks_is_no_other_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(LcabError, match=r"cannot lock .*: Function not implemented"), locked(tmp_path, [2]):
         pass
 
 
