@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from lcab_plugin.planner import Hardware, Model, Prediction, Setting
     from lcab_plugin.planner.calibrate import Calibration
 
-_COLUMNS = ["kernel", "strategy", "placement", "layout", ">cp x dp", ">step ms"]
+_NAMES = ["kernel", "strategy", "layout", ">cp x dp"]
 _TERMS = ["attention", "imbalance", "exposed", "linear", "parameters", "optimizer"]
-_MEMORY = [">GiB", ">states", ">activations", ">attention", ">communication"]
+_MEMORY = ["states", "activations", "attention", "communication", "logits"]
+_LONG = 10.0  # seconds of a step, from where on its terms are shown in seconds
 
 
 @takes_mask(typer.Option("--mask", help="A mask family of `lcab masks list`."))
@@ -193,32 +194,32 @@ def _print(
         f"{cluster.checkpointing}\n"
     )
     runs = [p for p in ranked if p.reason is None]
-    columns = [*_COLUMNS, *(f">{name}" for name in _TERMS), *_MEMORY]
     if runs:
-        output.show(output.table("Fastest by prediction, ms of a step", columns, map(_row, runs[:top])))
+        unit, scale = ("s", 1.0) if runs[0].seconds >= _LONG else ("ms", 1e3)
+        times = [[p.seconds * scale, *(p.terms[name] * scale for name in _TERMS)] for p in runs[:top]]
+        held = [[p.bytes / 2**30, *(p.memory[name] / 2**30 for name in _MEMORY)] for p in runs[:top]]
+        _show(f"Fastest by prediction, {unit} of a step", runs, ["step", *_TERMS], times)
+        _show("Memory of a rank, GiB", runs, ["all", *_MEMORY], held)
     typer.echo(f"{len(runs)} of {len(ranked)} candidates can run.")
     refused = [p for p in ranked if p.reason is not None]
     if refused and not runs and not everything:
         typer.echo(f"None fits; the first says: {refused[0].reason} (--all prints every reason)")
     if everything and refused:
         lines = [[*_names(p), Text(p.reason or "")] for p in refused]
-        output.show(output.table("Cannot run", [*_COLUMNS[:5], "reason"], lines))
+        output.show(output.table("Cannot run", [*_NAMES, "reason"], lines))
 
 
 def _names(p: Prediction) -> list[Text]:
-    c = p.candidate
-    split = "x".join(str(n) for _, n in c.degrees) if len(c.degrees) > 1 else ""
-    two = len(c.degrees) > 1
-    placed = c.placement if two else "-"
-    words = c.kernel, f"{c.strategy} {split}".strip(), placed, c.layout, f"{c.cp} x {c.dp}"
-    return [Text(word) for word in words]
+    c, strategy = p.candidate, p.candidate.strategy
+    if len(c.degrees) > 1:
+        strategy += f" {'x'.join(str(n) for _, n in c.degrees)} {c.placement}"
+    return [Text(word) for word in (c.kernel, strategy, c.layout, f"{c.cp} x {c.dp}")]
 
 
-def _row(p: Prediction) -> list[Text]:
-    terms = [p.seconds, *(p.terms[name] for name in _TERMS)]
-    held = [sum(p.memory.values()), *(p.memory[name.lstrip(">")] for name in _MEMORY[1:])]
-    numbers = [*(f"{value * 1e3:.4g}" for value in terms), *(f"{value / 2**30:.3g}" for value in held)]
-    return [*_names(p), *map(Text, numbers)]
+def _show(title: str, runs: list[Prediction], columns: list[str], numbers: list[list[float]]) -> None:
+    """One line a plan, of its names and ``numbers``."""
+    rows = [[*_names(p), *(Text(f"{x:.4g}") for x in row)] for p, row in zip(runs, numbers, strict=False)]
+    output.show(output.table(title, [*_NAMES, *(f">{name}" for name in columns)], rows))
 
 
 def _sources(setting: Setting, ranked: list[Prediction], seconds: float) -> str:

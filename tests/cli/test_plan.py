@@ -37,6 +37,29 @@ def test_the_table_has_the_terms_and_their_sources(plan: Plan) -> None:
     assert "candidates can run" in out
 
 
+@pytest.mark.parametrize(("nodes", "unit"), [(1, "ms"), (2, "s")])
+def test_the_columns_add_up(plan: Plan, nodes: int, unit: str) -> None:
+    seqlen = str(65536 if nodes == 1 else 1 << 20)
+    _, out, _ = plan("--mask", "causal", "--seqlen", seqlen, "--nodes", str(nodes), "--top", "4")
+    assert f"Fastest by prediction, {unit} of a step" in out
+    times, held = out.split("Memory of a rank, GiB")
+    for table, terms in ((times, 6), (held, 5)):
+        rows = [line.split()[-terms - 1 :] for line in table.splitlines() if " zigzag " in line]
+        assert rows
+        for whole, *parts in (map(float, row) for row in rows):
+            assert whole == pytest.approx(sum(parts), rel=2e-3)
+            assert len(parts) == terms
+
+
+def test_the_tables_fit_an_ordinary_terminal(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("FORCE_COLOR", "1"), ("NO_COLOR", "1"), ("TERM", "dumb"), ("COLUMNS", "120")):
+        monkeypatch.setenv(name, value)
+    _, out, _ = plan("--mask", "causal", "--seqlen", "65536", "--nodes", "12", "--top", "20")
+    assert max(len(line) for line in out.splitlines() if "optimizer" in line) <= 120
+    for name in ("imbalance", "parameters", "optimizer", "activations", "communication", "loongtrain"):
+        assert name in out  # no column is so narrow that it breaks words
+
+
 def test_json_is_complete_and_ordered(plan: Plan) -> None:
     words = ("--mask", "causal_document", "--seqlen", "16384", "--nodes", "2", "--gpus", "4", "--json")
     status, out, _ = plan(*words)
