@@ -67,6 +67,8 @@ FIELDS = (
     "baseline",
     "ratio",
     "peak_memory_gib",
+    "peak_reserved_gib",
+    "peak_rss_gib",
     "peak_memory_note",
     "error_out",
     "error_dq",

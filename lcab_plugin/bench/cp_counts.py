@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
-from lcab_plugin.bench.trial import Machine
+from lcab_plugin.bench.trial import Machine, held
 from lcab_plugin.context_parallel import collectives
 from lcab_plugin.kernels.contract import Kernel
-from lcab_plugin.training.memory import GIB, forget_peak_rss, resident_peak_gib
 
 # Fields of a record; of the fullest rank.
 MEMORY = (
@@ -53,12 +52,10 @@ class Recorder:
 class Counts:
     """Bytes sent and memory, by pass.
 
-    ``sent``: by `collectives.bytes_sent`. ``memory``: GiB by the names of `MEMORY`, those that can be had.
-    On CUDA, by the counters of torch's allocator, over what was allocated when counting began:
-    ``peak_memory_gib`` of the call, ``kernels_memory_gib`` of its kernel calls alone, one after another,
-    which are attention's own buffers and results, and ``communication_memory_gib``, the first less the
-    second: buffers of transfers, and partial results that wait to be merged. ``peak_reserved_gib`` is all
-    that the allocator held. On Linux ``peak_rss_gib`` is all that was resident on the host in the call.
+    ``sent``: by `collectives.bytes_sent`. ``memory``: GiB by the names of `MEMORY`, those that can be had: of
+    the call as `trial.held` tells it; on CUDA also ``kernels_memory_gib`` of its kernel calls alone, one
+    after another, which are attention's own buffers and results, and ``communication_memory_gib``, the peak
+    less those: buffers of transfers, and partial results that wait to be merged.
     """
 
     def __init__(self, machine: Machine) -> None:
@@ -70,7 +67,7 @@ class Counts:
     def count(self, step: str, call: Callable[[], Any]) -> Any:
         """Make the call, which is pass ``step``; returns its result."""
         collectives.reset_bytes()
-        result, self.memory[step] = self._held(call)
+        result, self.memory[step] = held(self._machine, self._base, call)
         self.sent[step] = sum(collectives.bytes_sent().values())
         return result
 
@@ -85,21 +82,9 @@ class Counts:
         if not self._machine.cuda:
             return
         for step, memory in self.memory.items():
-            self._base = torch.cuda.memory_allocated(self._machine.device)
-            _, held = self._held(partial(recorder.again, step))
-            memory["kernels_memory_gib"] = held["peak_memory_gib"]
-            memory["communication_memory_gib"] = max(0.0, memory["peak_memory_gib"] - held["peak_memory_gib"])
-
-    def _held(self, call: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
-        device, cuda = self._machine.device, self._machine.cuda
-        known = forget_peak_rss()
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(device)
-        result = call()
-        self._machine.clock.wait()
-        resident = resident_peak_gib() if known else None
-        held = {} if resident is None else {"peak_rss_gib": resident}
-        if cuda:
-            held["peak_memory_gib"] = (torch.cuda.max_memory_allocated(device) - self._base) / GIB
-            held["peak_reserved_gib"] = torch.cuda.max_memory_reserved(device) / GIB
-        return result, held
+            base = torch.cuda.memory_allocated(self._machine.device)
+            _, alone = held(self._machine, base, partial(recorder.again, step))
+            memory["kernels_memory_gib"] = alone["peak_memory_gib"]
+            memory["communication_memory_gib"] = max(
+                0.0, memory["peak_memory_gib"] - alone["peak_memory_gib"]
+            )

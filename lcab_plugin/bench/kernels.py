@@ -292,7 +292,7 @@ class _Bench:
         record |= {f"error_{name}": entry.errors.get(name) for name in names}
         record["error_samples"] = sample.what if sample is not None and entry.errors else None
         record["first_call_s"] = entry.first_call_s
-        record["peak_memory_gib"] = entry.peaks.get(step)
+        record |= entry.memory.get(step, {})
         record["peak_memory_note"] = None if self.machine.cuda else _NO_PEAK
         return record
 

@@ -29,6 +29,7 @@ Call = Callable[[], Any]
 
 _FLUSH_SECONDS = 2e-3  # the GPU is kept busy before a repeat for at most this long
 _HOST_CALLS = 20
+_EQUAL = 5  # series of one call in the noise floor: two alone are often close by chance
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Limits:
 @dataclass(frozen=True)
 class NoiseFloor:
     """What a timing cannot tell apart: an empty callable's ms, and how far the medians of one and the same
-    callable, measured as if it were two, lie from each other (0.01: 1%)."""
+    callable, measured as if it were five, lie from each other (0.01: 1%)."""
 
     empty_ms: float
     same_relative: float
@@ -133,19 +134,19 @@ def noise_of(device: torch.device | str, clock: Clock) -> NoiseFloor:
 
 
 def noise_floor(call: Call, clock: Clock, limits: Limits | None = None) -> NoiseFloor:
-    """Measure nothing, and the same thing twice.
+    """Measure nothing, and the same thing several times over, all in turn.
 
     Raises:
         Exception: what ``call`` raised.
     """
-    found = measure({"empty": _nothing, "first": call, "second": call}, clock, limits)
+    found = measure({"empty": _nothing, **{str(i): call for i in range(_EQUAL)}}, clock, limits)
     medians = []
     for timing in found.values():
         if isinstance(timing, Exception):
             raise timing
         medians.append(timing.median)
-    empty, first, second = medians
-    return NoiseFloor(empty, abs(first - second) / min(first, second) if min(first, second) else 0.0)
+    empty, *equal = medians
+    return NoiseFloor(empty, max(equal) / min(equal) - 1 if min(equal) else 0.0)
 
 
 def host_us(call: Call, clock: Clock) -> float:

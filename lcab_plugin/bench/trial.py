@@ -17,6 +17,7 @@ from lcab_plugin.bench import accuracy, timing
 from lcab_plugin.bench.accuracy import Case, Sample
 from lcab_plugin.bench.contenders import Attend, Contender
 from lcab_plugin.errors import UnsupportedError
+from lcab_plugin.training.memory import GIB, forget_peak_rss, resident_peak_gib
 
 Ending = tuple[str, str]  # status and reason of a cell that was not measured
 
@@ -27,7 +28,7 @@ _ROOM_UNKNOWN = 8 * 2**30  # bytes, where the system does not say what is free
 class Entry:
     """A contender among those of one mask and length.
 
-    ``ended``: the passes that will not be measured, and why. ``peaks``: GiB above the inputs, by pass.
+    ``ended``: the passes that will not be measured, and why. ``memory``: GiB by pass, as `held` tells it.
     ``fatal``: the device did not answer after it.
     """
 
@@ -36,7 +37,7 @@ class Entry:
     attend: Attend | None = None
     ended: dict[str, Ending] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
-    peaks: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, dict[str, float]] = field(default_factory=dict)
     first_call_s: float | None = None
     fatal: bool = False
 
@@ -127,8 +128,7 @@ def first_calls(entry: Entry, case: Case, sample: Sample, machine: Machine) -> N
             continue
         try:
             _check(entry, case, sample, backward, machine)
-            if machine.cuda:
-                _peaks(entry, case, backward, base, machine)
+            _count(entry, case, backward, base, machine)
             continue
         except Exception as error:
             entry.end([step for step in entry.open() if not backward or step != "fwd"], ending(error))
@@ -151,26 +151,35 @@ def _check(entry: Entry, case: Case, sample: Sample, backward: bool, machine: Ma
         )
 
 
-def _peaks(entry: Entry, case: Case, backward: bool, base: int, machine: Machine) -> None:
-    """Of a second call: the first also held what compiling and tuning took."""
+def held(machine: Machine, base: int, made: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+    """The result of a call and the GiB it held at most, those that can be had.
 
-    def peak() -> float:
-        machine.clock.wait()
-        highest = torch.cuda.max_memory_allocated(machine.device)
+    On CUDA, by the counters of torch's allocator: ``peak_memory_gib`` over ``base`` bytes that were allocated
+    before, ``peak_reserved_gib`` of all that it held. On Linux ``peak_rss_gib``: all that was resident on the
+    host in the call.
+    """
+    known = forget_peak_rss()
+    if machine.cuda:
         torch.cuda.reset_peak_memory_stats(machine.device)
-        return (highest - base) / 2**30
+    result = made()
+    machine.clock.wait()
+    resident = resident_peak_gib() if known else None
+    found = {} if resident is None else {"peak_rss_gib": resident}
+    if machine.cuda:
+        found["peak_memory_gib"] = (torch.cuda.max_memory_allocated(machine.device) - base) / GIB
+        found["peak_reserved_gib"] = torch.cuda.max_memory_reserved(machine.device) / GIB
+    return result, found
 
-    attend = entry.bound(case)
-    torch.cuda.reset_peak_memory_stats(machine.device)
+
+def _count(entry: Entry, case: Case, backward: bool, base: int, machine: Machine) -> None:
+    """Of a second call: the first also held what compiling and tuning took."""
+    attend, memory = entry.bound(case), entry.memory
     if not backward:
-        _forward(attend, case)
-        entry.peaks["fwd"] = peak()
+        _, memory["fwd"] = held(machine, base, lambda: _forward(attend, case))
         return
-    gradients = call(attend, case, "bwd")
-    forward = peak()
-    gradients()
-    entry.peaks["bwd"] = peak()
-    entry.peaks["fwd+bwd"] = max(forward, entry.peaks["bwd"])
+    gradients, forward = held(machine, base, lambda: call(attend, case, "bwd"))
+    _, memory["bwd"] = held(machine, base, gradients)
+    memory["fwd+bwd"] = {name: max(most, memory["bwd"][name]) for name, most in forward.items()}
 
 
 def _forward(attend: Attend, case: Case) -> Tensor:

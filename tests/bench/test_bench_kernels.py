@@ -125,7 +125,9 @@ def test_a_record_says_what_was_measured_where_and_how_well(path: Path) -> None:
         gradients = [record[f"error_{name}"] for name in ("dq", "dk", "dv")]
         assert 0 < record["error_out"] < 1e-5
         assert all(x is None if step == "fwd" else 0 < x < 1e-5 for x in gradients)
-        assert record["peak_memory_gib"] is None
+        assert record["peak_memory_gib"] is record["peak_reserved_gib"] is None
+        assert (record["peak_rss_gib"] is not None) == (sys.platform == "linux")
+        assert record["peak_rss_gib"] is None or 0.05 < record["peak_rss_gib"] < 8
         assert "CPU" in record["peak_memory_note"]
         assert record["host_us"] is None
         assert record["torch"] == torch.__version__
@@ -300,10 +302,12 @@ def test_on_a_gpu_memory_and_the_hosts_share_are_recorded(
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2**31)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**32, 2**36))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: next(peaks) * 2**30)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 5 * 2**30)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     found = by_cell(measure(path, ask("naive")))
     assert [found["naive", step]["peak_memory_gib"] for step in PASSES] == [1.0, 3.0, 3.0]
+    assert [found["naive", step]["peak_reserved_gib"] for step in PASSES] == [5.0] * 3
     assert [found["naive", step]["peak_memory_note"] for step in PASSES] == [None] * 3
     assert found["naive", "fwd"]["host_us"] > 0
     assert found["naive", "bwd"]["host_us"] is None
