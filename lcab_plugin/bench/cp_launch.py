@@ -48,11 +48,11 @@ def measure(
     settings: Settings,
     out: Path,
     watch: Callable[[str], None] = lambda text: None,
-    done: Callable[[], None] = lambda: None,
+    done: Callable[[Record], None] = lambda record: None,
 ) -> list[Record]:
     """Run ``settings`` on ranks of this machine; records are appended to ``out`` as they come.
 
-    ``watch`` is told what comes next, ``done`` that one more cell is on disk. The CSV beside ``out`` is
+    ``watch`` is told what comes next, ``done`` of every cell once it is on disk. The CSV beside ``out`` is
     written whatever happens.
 
     Raises:
@@ -68,7 +68,7 @@ def measure(
             if record["type"] == "next":
                 watch(record["at"])
             elif record["type"] == "cell":
-                done()
+                done(record)
 
     try:
         with tempfile.TemporaryDirectory(prefix=f"lcab-bench-{settings.job}-") as folder:
@@ -92,6 +92,9 @@ def measure(
             at = f" ({news.at})" if news.at else ""
             raise LcabError(f"{outcome.reason}{at}; what was measured is in {out}.")
         return news.cells
+    except KeyboardInterrupt:
+        tell()  # what came since the last look
+        raise
     finally:
         if news.cells:
             _write_csv(settings, out)

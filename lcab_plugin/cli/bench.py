@@ -144,7 +144,7 @@ def bench_kernels(
         output.print_json(records)
     else:
         _print(records, settings)
-        ended(path)
+        ended(path, stopped)
     raise typer.Exit(130 if stopped else 0)
 
 
@@ -155,9 +155,9 @@ def _measure(settings: Settings, path: Path, resume: bool) -> tuple[list[Record]
 
     recorded = cells.read(path) if resume else []
     found = {cells.key(record): record for record in recorded if settings.asks(record)}
-    stopped = False
+    stopped, before = False, sum(map(cells.settled, found.values()))
     try:
-        with RunLog(path, append=True) as log, progress(settings, path) as (watch, done):
+        with RunLog(path, append=True) as log, progress(settings, path, before) as (watch, done):
             for record in kernels.run(settings, log, recorded, watch):
                 found[cells.key(record)] = record
                 done()

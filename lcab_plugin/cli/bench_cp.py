@@ -103,24 +103,37 @@ def bench_cp(
     }
     settings = options.changed(start, changes)
     path = options.records_path(out, "cp")
-    records = measured(settings, path)
+    records, stopped = measured(settings, path)
     if records is None:
         return
     if as_json:
         output.print_json(records)
     else:
-        _print(records, settings)
-        ended(path)
+        if records:
+            _print(records, settings)
+        ended(path, stopped)
+    raise typer.Exit(130 if stopped else 0)
 
 
-def measured(settings: Settings, path: Path) -> list[Record] | None:
-    """What was measured: on ranks started here, or as one of torchrun's (None on all but the first)."""
+def measured(settings: Settings, path: Path, before: int = 0) -> tuple[list[Record] | None, bool]:
+    """What was measured, on ranks started here or as one of torchrun's (None on all but the first), and
+    whether the user stopped it. ``before``: cells that are done already."""
     from lcab_plugin.bench import cp_launch
 
     if cp_launch.launched_world(os.environ) is not None:
-        return cp_launch.take_part(settings, path)
-    with progress(settings, path) as (watch, done):
-        return cp_launch.measure(settings, path, watch, done)
+        return cp_launch.take_part(settings, path), False
+    found: list[Record] = []
+    try:
+        with progress(settings, path, before) as (watch, done):
+
+            def cell(record: Record) -> None:
+                found.append(record)
+                done()
+
+            cp_launch.measure(settings, path, watch, cell)
+    except KeyboardInterrupt:
+        return found, True
+    return found, False
 
 
 def _print(records: list[Record], settings: Settings) -> None:
@@ -133,6 +146,8 @@ def _print(records: list[Record], settings: Settings) -> None:
     for mask, seqlen in settings.groups:
         for step in settings.passes:
             here = [r for r in records if (r["mask"], r["seqlen"], r["pass"]) == (mask, seqlen, step)]
+            if not here:  # stopped before it
+                continue
             order = {row: i for i, row in enumerate(settings.rows(mask))}
             here.sort(key=lambda r: order[r["strategy"], r["layout"]])
             title = f"{mask}, {seqlen} tokens, {step}"

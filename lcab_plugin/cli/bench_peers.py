@@ -126,7 +126,8 @@ def bench_peers(
         "done": tuple(cells.key(r, bench.IDENTITY) for r in recorded if r["status"] == "ok"),
     }
     settings = options.changed(start, changes)
-    new = measured(settings, path)
+    before = sum(r["status"] == "ok" and settings.asks(r) for r in recorded)
+    new, stopped = measured(settings, path, before)
     if new is None:
         return
     latest = {cells.key(r, bench.IDENTITY): r for r in [*recorded, *new]}
@@ -134,8 +135,10 @@ def bench_peers(
     if as_json:
         output.print_json(records)
     else:
-        _print(records, settings)
-        ended(path)
+        if records:
+            _print(records, settings)
+        ended(path, stopped)
+    raise typer.Exit(130 if stopped else 0)
 
 
 def _list(as_json: bool) -> None:
@@ -164,6 +167,8 @@ def _print(records: list[Record], settings: Settings) -> None:
     for mask, seqlen in settings.groups:
         for step in dict.fromkeys(settings.passes):
             here = [r for r in records if (r["mask"], r["seqlen"], r["pass"]) == (mask, seqlen, step)]
+            if not here:  # stopped before it
+                continue
             order = {row: i for i, row in enumerate(settings.rows(mask))}
             here.sort(key=lambda r: order[r["strategy"], r["layout"]])
             fastest = bench.fastest_peer(here)

@@ -1,7 +1,8 @@
-"""What `lcab bench` shows while it measures, and at its end."""
+"""What `lcab bench` shows while it measures, when it is stopped, and at its end."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,9 +10,17 @@ from typing import TYPE_CHECKING, Protocol
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 if TYPE_CHECKING:
+    from lcab_plugin.bench.cells import Record
     from lcab_plugin.bench.settings import Shape
 
 
@@ -29,33 +38,86 @@ class Measured(Protocol):
 
 
 @contextmanager
-def progress(settings: Measured, path: Path) -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
-    """What comes next, and one cell more: a bar on stderr, or a line for what comes next to no terminal."""
+def progress(
+    settings: Measured, path: Path, before: int = 0
+) -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
+    """What comes next, and one cell more: a bar on stderr, or a line for what comes next to no terminal, both
+    with the time left. ``before``: cells of an earlier run."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
+    total = settings.total - before
     console.print(
-        f"{settings.total} cells, {settings.device}, {settings.shape.dtype}, at most "
-        f"{settings.cell_seconds:g} s each; records in {path}"
+        f"{total} cells{f' ({before} more are done)' if before else ''}, {settings.device}, "
+        f"{settings.shape.dtype}, at most {settings.cell_seconds:g} s each; records in {path}"
     )
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=settings.total)
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    ]
+    began, count = time.monotonic(), 0
+    # Cells come in bursts, those that are refused at once: all of them tell the time left.
+    with Progress(
+        *columns, console=console, disable=not console.is_terminal, speed_estimate_period=7 * 86400
+    ) as bar:
+        task = bar.add_task("", total=total)
 
         def watch(text: str) -> None:
             bar.update(task, description=text)
             if not console.is_terminal:
-                console.print(text)
+                console.print(text + _left(count, total, time.monotonic() - began))
 
-        yield watch, lambda: bar.advance(task)
+        def done() -> None:
+            nonlocal count
+            count += 1
+            bar.advance(task)
+
+        yield watch, done
 
 
-def ended(path: Path) -> None:
-    """What stays on the screen below the tables: what these times cannot tell apart, and where they are."""
+def _left(count: int, total: int, seconds: float) -> str:
+    """How many cells of how many, and at their pace the time left."""
+    from lcab_plugin.training.display import clock
+
+    return f"  ({count} of {total} cells, {clock(seconds / count * (total - count))} left)" if count else ""
+
+
+def ended(path: Path, stopped: bool = False) -> None:
+    """What stays on the screen below the tables: what these times cannot tell apart, how well they are known,
+    and where they are; ``stopped``: by the user."""
     from lcab_plugin.bench.timing import NoiseFloor
     from lcab_plugin.training import records
 
     names = "noise_empty_ms", "noise_same_relative"
-    runs = [r for r in records.read(path) if r["type"] == "run" and r.keys() >= {*names}]
+    found = records.read(path)
+    runs = [i for i, r in enumerate(found) if r["type"] == "run" and r.keys() >= {*names}]
     typer.echo("")
     if runs:  # unless it was interrupted before that
-        typer.echo(str(NoiseFloor(*(runs[-1][name] for name in names))).capitalize())
+        run = found[runs[-1]]
+        typer.echo(str(NoiseFloor(*(run[name] for name in names))).capitalize())
+        asked = run.get("limits", {}).get("relative_ci")
+        if asked is not None and (text := loose(found[runs[-1] :], asked)):
+            typer.echo(text)
+    if stopped:
+        cells = sum(r["type"] == "cell" for r in found[runs[-1] if runs else 0 :])
+        typer.echo(f"Stopped after {cells} cells, which are kept.")
     typer.echo(f"Records: {path} and {path.with_suffix('.csv')}")
+
+
+def loose(found: list[Record], asked: float) -> str:
+    """Of cells whose time was spent before their medians were known as well as asked for; nothing if all
+    were."""
+    ok = [r for r in found if r["type"] == "cell" and r["status"] == "ok"]
+    known = [r["relative_ci"] for r in ok if r.get("relative_ci") is not None]
+    wide = [ci for ci in known if ci > asked]
+    once = len(ok) - len(known)
+    if not wide and not once:
+        return ""
+    parts = [f"{len(wide)} to {max(wide):.1%} at worst"] if wide else []
+    parts += [f"{once} by a single repeat"] if once else []
+    return (
+        f"Medians are known to {asked:.0%} (95% confidence) but for {' and '.join(parts)}, of {len(ok)} "
+        "cells; --cell-seconds allows more"
+    )

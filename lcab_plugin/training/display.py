@@ -65,7 +65,7 @@ class Progress:
         if due:
             self._printed = now
             left = (now - self._began) / (self._done - self._first) * (self._total - self._done)
-            self.message(f"step {self._done}/{self._total}  {text}  {_clock(left)} left")
+            self.message(f"step {self._done}/{self._total}  {text}  {clock(left)} left")
 
     def message(self, text: str) -> None:
         """A line of its own, above the bar."""
@@ -93,7 +93,8 @@ def _bar(stream: TextIO) -> Bar | None:
     )
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"

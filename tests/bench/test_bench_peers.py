@@ -298,9 +298,10 @@ def test_the_table_and_what_a_resumed_run_adds_to_it(
     alone({"right": right, "failing": failing}, monkeypatch, out)
     seen: list[Settings] = []
 
-    def measured(settings: Settings, path: Path) -> list[dict[str, Any]]:
+    def measured(settings: Settings, path: Path, before: int) -> tuple[list[dict[str, Any]], bool]:
         seen.append(settings)
-        return []
+        assert before == 3
+        return [], False
 
     monkeypatch.setattr(bench_peers, "measured", measured)
     words = ["--world", "1", "--device", "cpu", "--heads", "4:2", "--head-dim", "8", "--seqlens", "64"]
