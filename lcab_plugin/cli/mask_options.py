@@ -10,8 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lcab_plugin.errors import LcabError
+
 if TYPE_CHECKING:
     from lcab_plugin.masks import AttentionMask
+
+
+# Options that are parameters of some families.
+_OWN = "left", "right", "window", "prefix", "prefixes", "global_tokens", "block", "keep", "lengths"
 
 
 @dataclass(frozen=True)
@@ -80,16 +86,47 @@ def takes_mask(name: Any) -> Callable[[Callable[..., None]], Callable[..., None]
 
     ``name``: the typer argument or option that the family's name comes by.
     """
+    return _takes(Annotated[str, name], describe)
 
+
+def takes_masks(names: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The same of several masks; ``names``: their families' typer argument."""
+    return _takes(Annotated[list[str], names], _describe_each)
+
+
+def _describe_each(name: list[str], **options: Any) -> list[Described]:
+    """Each mask by those of the options that it takes; one by itself is given all, and refuses the others.
+
+    Raises:
+        LcabError: an option is of no use to any of them.
+    """
+    from lcab_plugin import masks
+
+    if len(name) == 1:
+        return [describe(name[0], **options)]
+    own = {family: masks.parameters(family) for family in name}
+    for option in _OWN:
+        if options[option] is not None and not any(option in taken for taken in own.values()):
+            raise LcabError(
+                f"none of {', '.join(name)} takes {option}; leave --{option.replace('_', '-')} out."
+            )
+    made = []
+    for family, taken in own.items():
+        theirs: dict[str, Any] = {o: x for o, x in options.items() if o not in _OWN or o in taken}
+        made.append(describe(family, **theirs))
+    return made
+
+
+def _takes(names: Any, make: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         family, *options = inspect.signature(describe, eval_str=True).parameters.values()
         _, *own = inspect.signature(command, eval_str=True).parameters.values()
-        taken = (family.replace(annotation=Annotated[str, name]), *options)
+        taken = (family.replace(annotation=names), *options)
 
         @functools.wraps(command)
         def described(**words: Any) -> None:
-            mask = describe(**{p.name: words.pop(p.name) for p in taken})
-            command(mask, **words)
+            made = make(**{p.name: words.pop(p.name) for p in taken})
+            command(made, **words)
 
         parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in (*taken, *own)]
         described.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from lcab_plugin.cli import output
 from lcab_plugin.cli.explain import explain
-from lcab_plugin.cli.mask_options import Described, takes_mask
+from lcab_plugin.cli.mask_options import Described, takes_mask, takes_masks
 from lcab_plugin.errors import LcabError
 
 if TYPE_CHECKING:
@@ -70,24 +70,39 @@ def show_mask(described: Described, as_json: output.AsJson = False) -> None:
 
 
 @app.command("draw")
-@takes_mask(typer.Argument(help="A mask family of `lcab masks list`."))
-def draw_mask(
-    described: Described,
-    out: Annotated[Path | None, typer.Option(help="SVG file; <mask>-<tokens>.svg if left out.")] = None,
+@takes_masks(typer.Argument(help="Mask families of `lcab masks list`."))
+def draw_masks(
+    described: list[Described],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="SVG file, of several masks a folder; <mask>-<tokens>.svg here if left out."),
+    ] = None,
     size: Annotated[int, typer.Option(min=16, max=4096, help="Pixels of the longer side.")] = 480,
+    as_json: output.AsJson = False,
 ) -> None:
-    """Draw one mask as an SVG picture: its slices as polygons, for any length."""
+    """Draw masks as SVG pictures: their slices as polygons, for any length.
+
+    Of several masks every option is for those that take it.
+    """
     from lcab_plugin.report import draw
 
-    mask = described.mask
-    path = out or Path(f"{described.name}-{described.seqlen}.svg")
-    try:
-        path.write_text(draw.svg(mask, size, words=str(described), standalone=True) + "\n")
-    except OSError as error:
-        raise LcabError(f"cannot write {path}: {error.strerror}; give another --out.") from None
-    block = draw.in_blocks(mask)
-    told = f", in blocks of {block} tokens: it has {len(mask.array)} slices" if block else ""
-    typer.echo(f"{described}\n{path}{told}")
+    rows: list[dict[str, Any]] = []
+    for one in described:
+        own = Path(f"{one.name}-{one.seqlen}.svg")
+        path = own if out is None else out / own if len(described) > 1 else out
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(draw.svg(one.mask, size, words=str(one), standalone=True) + "\n")
+        except OSError as error:
+            raise LcabError(f"cannot write {path}: {error.strerror}; give another --out.") from None
+        block = draw.in_blocks(one.mask)
+        row = {"name": one.name, "seqlen": one.seqlen, "area": one.mask.area, "fraction": one.fraction}
+        rows.append({**row, "digest": one.mask.digest, "picture": str(path), "block": block})
+        if not as_json:
+            told = f", in blocks of {block} tokens: it has {len(one.mask.array)} slices" if block else ""
+            typer.echo(f"{one}\n{path}{told}")
+    if as_json:
+        output.print_json(rows)
 
 
 def picture(mask: AttentionMask) -> str:

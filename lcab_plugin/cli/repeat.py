@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -33,28 +34,31 @@ def repeat(
     """Run again what a record says, on as many processes of this machine as then.
 
     The same command line, except that records and checkpoints go elsewhere. What differs from then (commit,
-    hardware, versions) is printed first. Exit status: that of the repeated command.
+    hardware, versions) is printed first; with --json all of it after the run, whose own output goes to
+    stderr. Exit status: that of the repeated command.
     """
     from lcab_plugin.report import repeat as planned
 
     bench = record.suffix == ".jsonl" and record.name != "metrics.jsonl"
     name = time.strftime("repeat-%Y%m%d-%H%M%S") + (".jsonl" if bench else "")
     plan = planned.plan(record, out or Path("runs") / name, run)
-    if as_json:
-        differs = [{"name": what, "then": then, "now": now} for what, then, now in plan.differs]
-        output.print_json({"command": plan.words, "out": str(plan.out), "differs": differs})
-    else:
+    if not as_json:
         for what, then, now in plan.differs:
             typer.echo(f"differs: {what} was {then}, is {now}")
         typer.echo(shlex.join(plan.words))
-    if not dry_run:
-        raise typer.Exit(_run(plan, timeout))
+    status = None if dry_run else _run(plan, timeout, quiet=as_json)
+    if as_json:
+        differs = [{"name": what, "then": then, "now": now} for what, then, now in plan.differs]
+        found = {"command": plan.words, "out": str(plan.out), "differs": differs, "status": status}
+        output.print_json(found)
+    raise typer.Exit(status or 0)
 
 
-def _run(plan: Repeat, timeout: float) -> int:
-    """Exit status."""
+def _run(plan: Repeat, timeout: float, quiet: bool) -> int:
+    """Exit status. ``quiet``: on stdout."""
     if plan.script is None:
-        return subprocess.run(plan.command, check=False).returncode
+        words, stdout = plan.command, sys.stderr if quiet else None
+        return subprocess.run(words, stdout=stdout, check=False).returncode
     from lcab_plugin.bench.launch import launch
 
     outcome = launch(

@@ -201,7 +201,8 @@ def from_name(name: str, n: int, **params: Any) -> AttentionMask:
     required = {p for p in wanted if _signature(name)[p].default is inspect.Parameter.empty}
     if not required <= set(params) <= set(wanted):
         takes = ", ".join(wanted).replace("lengths", f"lengths (of its documents, summing to n = {n})")
-        given = ", ".join(params) or "nothing"
+        given, missing = ", ".join(params) or "nothing", [p for p in wanted if p in required - params.keys()]
+        given += f" and not {', '.join(missing)}" if params and missing else ""
         raise LcabError(f"mask {name!r} takes {takes or 'no parameters'} besides n, but was given {given}.")
     if "lengths" in params:
         total = int(integers("lengths", params["lengths"]).sum())

@@ -70,6 +70,26 @@ def test_document_lengths_are_sampled_where_none_are_given(run: Lcab) -> None:
     assert json.loads(out)["area"] == sum(n * n for n in lengths)
 
 
+def test_masks_are_drawn(run: Lcab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = run("masks", "draw", "causal_document", "share_question", "--seqlen", "512")
+    assert status == 0
+    pictures = ["causal_document-512.svg", "share_question-512.svg"]
+    assert [line for line in out.splitlines() if line.endswith(".svg")] == pictures
+    assert all((tmp_path / name).read_text().startswith("<svg") for name in pictures)
+    families = ("causal", "block_sparse", "sliding_window_causal")
+    words = ("--seqlen", "512", "--block", "64", "--keep", "0.3", "--left", "40", "--out", "there", "--json")
+    _, out, _ = run("masks", "draw", *families, *words)
+    rows = json.loads(out)
+    assert [row["picture"] for row in rows] == [f"there/{name}-512.svg" for name in families]
+    assert rows[1]["digest"] == lcab_plugin.masks.block_sparse(512, 64, 0.3, seed=0).digest
+    assert rows[2]["digest"] == lcab_plugin.masks.sliding_window_causal(512, 40).digest
+    assert run("masks", "draw", "causal", "--seqlen", "64", "--out", "one.svg")[0] == 0
+    assert (tmp_path / "one.svg").exists()
+    status, _, err = run("masks", "draw", "causal", "full", "--left", "3")
+    assert (status, "none of causal, full takes left; leave --left out." in err) == (2, True)
+
+
 def test_sparse_blocks_are_drawn_by_the_seed(run: Lcab) -> None:
     words = ("masks", "show", "block_sparse", "--seqlen", "640", "--block", "64", "--keep", "0.3", "--json")
     _, out, _ = run(*words, "--seed", "3")
@@ -84,7 +104,7 @@ def test_sparse_blocks_are_drawn_by_the_seed(run: Lcab) -> None:
         (("masks", "show", "causal_document", "--lengths", "1,2"), "must sum to n = 4096"),
         (
             ("masks", "show", "block_sparse", "--keep", "0.5"),
-            "'block_sparse' takes block, keep, seed besides n",
+            "'block_sparse' takes block, keep, seed besides n, but was given keep, seed and not block.",
         ),
         (
             ("masks", "show", "block_sparse", "--block", "64", "--keep", "0"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -117,8 +119,12 @@ def test_a_benchmark_really_runs_again(tmp_path):
     words += ["fwd", "--heads", "2:1", "--head-dim", "16", "--cell-seconds", "0.05", "--device", "cpu"]
     path = write(tmp_path / "k.jsonl", [{**RUN, "command": ["lcab", *words, "--out", "k.jsonl"]}])
     out = tmp_path / "again.jsonl"
-    result = CliRunner().invoke(app, ["repeat", str(path), "--out", str(out)])
-    assert result.exit_code == 0, result.output
+    words = [sys.executable, "-m", "lcab_plugin.cli", "repeat", str(path), "--out", str(out), "--json"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)  # and nothing else: the benchmark's own table is on stderr
+    assert (told["status"], told["out"]) == (0, str(out))
+    assert "64 tokens, fwd" in done.stderr
     (cell,) = (r for r in sources.valid(out).records if r["type"] == "cell")
     assert (cell["kernel"], cell["seqlen"], cell["status"]) == ("sdpa_math", 64, "ok")
 
