@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,6 +89,8 @@ def study(
         _show(results)
         typer.echo(f"\nRecords: {runner.out}/study.jsonl, and of every launch {runner.out}/runs/")
         typer.echo(f"Report: {page}")
+    if stopped:
+        typer.echo("Interrupted; the same command goes on where this one stopped.", err=True)
     failed = any(result.status in ("error", "timeout") for result in results)
     raise typer.Exit(130 if stopped else int(failed))
 
@@ -129,7 +132,10 @@ def _progress(runner: Runner) -> Iterator[Watch]:
         TimeRemainingColumn(),
     ]
     # What cells have taken so far, start-up and all, estimates the time left; what is done already does not.
-    with Progress(*columns, console=console, speed_estimate_period=7 * 86400) as bar:
+    begin = time.monotonic()
+    with Progress(
+        *columns, console=console, speed_estimate_period=7 * 86400, disable=not console.is_terminal
+    ) as bar:
         task = bar.add_task("", total=open_)
         seen = ""
 
@@ -137,11 +143,20 @@ def _progress(runner: Runner) -> Iterator[Watch]:
             nonlocal seen
             name = f"{launch.name}{', again' if launch.alone else ''}"
             if name != seen and not console.is_terminal:
-                console.print(f"{settled + 1}/{len(results)} {name}: {len(launch.cells)} cells")
+                left = _left(begin, settled - done, open_)
+                console.print(f"{settled + 1}/{len(results)} {name}: {len(launch.cells)} cells{left}")
             seen = name
             bar.update(task, completed=settled - done, description=f"{name}  {records} records")
 
         yield watch
+
+
+def _left(begin: float, ended: int, cells: int) -> str:
+    """Time since ``begin``, and what the rest of so many cells will take at that pace."""
+    from lcab_plugin.training.display import clock
+
+    took = time.monotonic() - begin
+    return f", {clock(took)} so far, {clock(took / ended * (cells - ended))} left" if ended else ""
 
 
 def _run(runner: Runner, watch: Watch) -> tuple[list[Result], bool]:

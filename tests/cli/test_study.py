@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -156,24 +157,39 @@ def test_a_killed_study_goes_on_where_it_was(tmp_path: Path) -> None:
     launches = sorted(out.glob("runs/*"))
     again = run(file)
     assert again.returncode == 0
-    assert "2 cannot run, 4 are done, 0 to run" in again.stderr
+    assert (
+        again.stderr == f"6 cells by launcher local: 2 cannot run, 4 are done, 0 to run; records in {out}\n"
+    )
     assert sorted(out.glob("runs/*")) == launches
 
 
 def test_an_interrupt_keeps_what_is_done_and_says_so(tmp_path: Path) -> None:
     file, out = study(tmp_path, KERNELS), tmp_path / "out"
     process = subprocess.Popen(
-        command(file, "--json"), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
+        command(file, "--json"),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     until = time.monotonic() + 300
     while not list(out.glob("runs/*/launch.json")) and time.monotonic() < until:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    answer, _ = process.communicate(timeout=120)
+    answer, said = process.communicate(timeout=120)
     assert process.returncode == 130
+    assert said.endswith("Interrupted; the same command goes on where this one stopped.\n")
     assert processes_of(out) == []
     assert len(json.loads(answer)["cells"]) == 6
     assert len((out / "study.jsonl").read_text().splitlines()) == 7
+
+
+def test_a_log_says_how_long_the_rest_will_take(tmp_path: Path) -> None:
+    said = run(study(tmp_path, KERNELS)).stderr.splitlines()
+    assert len(said) == 3
+    assert re.fullmatch(r"3/6 kernels-causal-64-w1-\w+: 2 cells", said[1])
+    assert re.fullmatch(r"5/6 kernels-full-64-w1-\w+: 2 cells, 0:00:\d\d so far, 0:00:\d\d left", said[2])
 
 
 def test_a_dry_run_starts_nothing(tmp_path: Path, here: Lcab) -> None:
