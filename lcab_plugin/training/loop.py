@@ -137,7 +137,7 @@ def warm(step: int, steps: int) -> float:
 
 
 def run(trainer: Trainer, job: Job) -> None:
-    """Train from ``job.first_step`` to ``--steps``; records go to ``--out``.
+    """Train from ``job.first_step`` to ``--steps``; records go to ``--out``. Ctrl-C ends it with status 130.
 
     Raises:
         LcabError: the records cannot be written, ``--recall`` finds no room, or the loss is no number any
@@ -153,11 +153,17 @@ def run(trainer: Trainer, job: Job) -> None:
     with log, Progress(args.steps, start=job.first_step, enabled=leads) as progress:
         for line in job.messages:
             progress.message(line)
+        progress.message(f"records: {path}")
         log.write("run", **facts, **environment(trainer.device))
-        end = _train(trainer, job, log, progress)
-        if recall is not None:
-            end["recall"] = evaluate(trainer, recall, -(-args.recall // job.global_batch))
-            progress.message(f"recalled at distance {_shares(end['recall'])}")
+        try:
+            end = _train(trainer, job, log, progress)
+            if recall is not None:
+                end["recall"] = evaluate(trainer, recall, -(-args.recall // job.global_batch))
+                progress.message(f"recalled at distance {_shares(end['recall'])}")
+        except KeyboardInterrupt:
+            saved = f", checkpoints: {args.save}; --resume goes on from the latest" if args.save else ""
+            progress.message(f"stopped; records: {path}{saved}")
+            raise SystemExit(130) from None
         log.write("end", **end, machine=machine.state(trainer.device))
         final = "" if end["validation_loss"] is None else f", validation loss {end['validation_loss']:.4f}"
         progress.message(f"train loss {end['loss']:.4f}{final}; records: {path}")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +181,24 @@ def test_auto_is_what_it_says_it_is(tmp_path: Path) -> None:
     assert named[0]["auto"] is None
     assert named[0]["attention"] == {**attention, "ulysses": None, "ring": None}
     assert curve(named) == curve(chosen)
+
+
+def test_a_run_that_is_stopped_keeps_its_steps_and_says_where(tmp_path: Path) -> None:
+    words = ["--steps", "100000", "--global-batch", "1", "--out", str(tmp_path), "--name", "stopped"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    path = tmp_path / "stopped" / "metrics.jsonl"
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen([sys.executable, EXAMPLE, *SMALL, *words], env=environment, **streams) as run:
+        for _ in range(600):
+            if path.exists() and len(path.read_bytes().splitlines()) > 4:
+                break
+            time.sleep(0.1)
+        run.send_signal(signal.SIGINT)
+        shown, _ = run.communicate(timeout=60)
+    assert run.returncode == 130, shown
+    assert "Traceback" not in shown
+    assert shown.count(f"records: {path}") == 2  # when it began, and when it was stopped
+    assert len(steps(read(path))) >= 3
 
 
 def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
