@@ -36,6 +36,8 @@ COLUMNS = {
     "ns_per_1000_cells": ">ns/1000 pairs",
     "ratio": ">time/baseline",
     "peak_memory_gib": ">peak GiB",
+    "peak_reserved_gib": ">reserved GiB",
+    "peak_rss_gib": ">resident GiB",
     "error_out": ">error out",
     "error_dq": ">error dq",
     "error_dk": ">error dk",
@@ -57,6 +59,7 @@ def _tflops(record: Record) -> float | None:
 
 SPEED = Quantity("TFLOP/s", _tflops, band=grids.per_time(_tflops))
 MEMORY = Quantity("peak GiB", lambda r: r.get("peak_memory_gib"), better=-1, log=10)
+RESIDENT = Quantity("peak GiB", lambda r: r.get("peak_rss_gib"), better=-1)
 ERROR = Quantity("relative error", worst_error, better=0)
 PASS_WORDS = {"fwd": "forward", "bwd": "backward", "fwd+bwd": "forward and backward"}
 
@@ -107,6 +110,9 @@ def _add_pass(made: Section, name: str, step: str, cells: Sequence[Record], styl
     )
     memory = grids.panels(cells, _mask, _kernel, "seqlen", MEMORY, style)
     made.figure(memory, f"Peak device memory, {words}")
+    if not memory:
+        resident = grids.panels(cells, _mask, _kernel, "seqlen", RESIDENT, style)
+        made.figure(resident, f"Peak memory resident on the host, all of the process, {words}")
     caption = f"Largest relative error against float64 over all lengths, {words}"
     made.blocks.append(grids.matrix(f"{name}-errors", caption, worst(cells, _kernel), grid, ERROR))
 

@@ -88,13 +88,33 @@ def _overview(sources: Sequence[Source]) -> Section:
                 value(len(own)),
                 value(count),
                 value(states or "-"),
+                _loose(own),
                 value("; ".join(sorted(devices))),
             ]
         )
-    columns = ["what", ">files", ">records", "ended", "on"]
+    columns = ["what", ">files", ">records", "ended", ">medians not known as asked", "on"]
     made.blocks.append(Table("overview-records", "What was found", columns, rows))
     made.blocks += _noise(sources)
     return made
+
+
+def _loose(sources: Sequence[Source]) -> Value:
+    """Cells that ran out of time before the confidence interval of their median was what was asked for."""
+    wide = 0
+    asked: set[float] = set()
+    for source in sources:
+        limit: float | None = None
+        for r in source.records:
+            if r["type"] == "run":
+                limit = (r.get("limits") or {}).get("relative_ci")
+            elif r["type"] == "cell" and r["status"] == "ok" and limit is not None:
+                asked.add(limit)
+                known = r.get("relative_ci")
+                wide += known is None or known > limit
+    if not asked:
+        return value(None)
+    limits = ", ".join(f"{limit:.0%}" for limit in sorted(asked))
+    return Value(wide, f"{wide} (to {limits})")
 
 
 def _noise(sources: Sequence[Source]) -> list[Table]:

@@ -35,6 +35,7 @@ COLUMNS = {
     "p10_ms": ">p10 ms",
     "p90_ms": ">p90 ms",
     "repeats": ">repeats",
+    "relative_ci": ">relative ci",
     "tflops_per_rank": ">TFLOP/s/rank",
     "efficiency": ">efficiency",
     "kernels_ms": ">kernels ms",
@@ -43,6 +44,10 @@ COLUMNS = {
     "closed_form_bytes": ">by formula",
     "imbalance": ">imbalance",
     "peak_memory_gib": ">peak GiB",
+    "peak_reserved_gib": ">reserved GiB",
+    "peak_rss_gib": ">resident GiB",
+    "kernels_memory_gib": ">kernels GiB",
+    "communication_memory_gib": ">communication GiB",
     "error_out": ">error out",
     "error_dq": ">error dq",
     "error_dk": ">error dk",
@@ -89,6 +94,7 @@ SENT = Quantity(
     tick=lambda r: _mib("closed_form_bytes", r),
 )
 MEMORY = Quantity("peak GiB of the fullest rank", lambda r: r.get("peak_memory_gib"), better=-1)
+RESIDENT = Quantity("peak GiB of the fullest rank", lambda r: r.get("peak_rss_gib"), better=-1)
 _MATRICES = (
     ("speed", SPEED, "TFLOP/s per rank over the exact area of the mask"),
     ("efficiency", EFFICIENCY, "Scaling efficiency: time of one process over ranks times theirs"),
@@ -99,6 +105,7 @@ _CHARTS = (
     (EFFICIENCY, "scaling efficiency"),
     (SENT, "communication volume"),
     (MEMORY, "memory"),
+    (RESIDENT, "memory resident on the host, all of a process"),
 )
 
 
@@ -238,7 +245,10 @@ def _add_charts(
     """Against length at each number of ranks, and against ranks at each length and each share of it; bars of
     what was measured at one length on one number of ranks."""
     words = PASS_WORDS.get(step, step).capitalize()
+    known = any(MEMORY.of(c) is not None for c in cells)
     for quantity, what in _CHARTS:
+        if quantity is RESIDENT and known:
+            continue
         ours = grids.by_mask((c for c in cells if quantity.of(c) is not None), name)
         drawn: set[int] = set()
         for x, panel, how in _AGAINST:

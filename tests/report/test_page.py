@@ -277,6 +277,32 @@ def test_the_overview_has_the_largest_noise_of_each_machine(tmp_path):
     assert markdown.index("Noise floor") < markdown.index("## Kernels")
 
 
+def test_the_overview_counts_medians_that_are_not_known_as_asked(tmp_path):
+    run = {**RUN, "limits": {"relative_ci": 0.02}}
+    intervals = (0.01, 0.05, None)
+    cells = [kernel_cell("naive", 64 * (i + 1), 1.0, relative_ci=ci) for i, ci in enumerate(intervals)]
+    write(tmp_path / "k.jsonl", [run, *cells])
+    page, _, written = made(tmp_path)
+    (row,) = table(written, "overview-records")
+    assert row["medians not known as asked"] == "2"
+    assert "2 (to 2%)" in page
+
+
+def test_memory_is_the_device_s_or_else_what_was_resident_on_the_host(folder):
+    page, _, written = made(folder)
+    assert "Peak device memory, forward" in page
+    assert "resident on the host, all of" not in page
+    resident = {"peak_memory_gib": None, "peak_rss_gib": 0.7}
+    cells = [kernel_cell("naive", n, 1.0, **resident) for n in (64, 128)]
+    write(folder / "k.jsonl", [RUN, *cells])
+    write(folder / "cp" / "cp.jsonl", [RUN, *(cp_cell("ring_p2p", w, 1.0, **resident) for w in (2, 4))])
+    page, _, written = made(folder)
+    assert "Peak device memory" not in page
+    assert "Peak memory resident on the host, all of the process, forward" in page
+    assert "Forward: memory resident on the host, all of a process, the same sequence on more ranks" in page
+    assert {row["resident GiB"] for row in table(written, "kernels-cells")} == {"0.7"}
+
+
 def test_one_record_is_a_report(tmp_path):
     write(tmp_path / "k.jsonl", [RUN, kernel_cell("naive", 64, 1.0)])
     page, _, _ = made(tmp_path)
