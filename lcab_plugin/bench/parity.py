@@ -164,12 +164,16 @@ def plan(
 
 
 def run(
-    cells: Sequence[Cell], settings: Settings, watch: Callable[[Cell, int], None] = lambda cell, steps: None
+    cells: Sequence[Cell],
+    settings: Settings,
+    watch: Callable[[Cell, int], None] = lambda cell, steps: None,
+    done: Callable[[Result], None] = lambda result: None,
 ) -> list[Result]:
     """Train every cell, one after the other, and compare it with the baseline of its mask.
 
-    ``watch(cell, steps done)`` is called all along. ``parity.json`` and ``parity.md`` in ``settings.out`` are
-    written anew after every cell, so a comparison that is killed loses one cell.
+    ``watch(cell, steps done)`` is called all along, ``done`` after every cell. ``parity.json`` and
+    ``parity.md`` in ``settings.out`` are written anew then, so a comparison that is killed loses one cell; it
+    has not passed before the last.
 
     Raises:
         LcabError: ``settings.out`` holds a comparison already, or the config cannot be read.
@@ -186,7 +190,8 @@ def run(
         if trace is not None:
             _judge(result, trace, settings, baselines, budgets)
         results.append(result)
-        save(results, settings)
+        save(results, settings, len(cells))
+        done(result)
     return results
 
 
@@ -368,11 +373,12 @@ def notes(results: Sequence[Result]) -> list[str]:
     return lines
 
 
-def save(results: Sequence[Result], settings: Settings) -> None:
-    """Write ``parity.json`` and ``parity.md`` into ``settings.out``."""
+def save(results: Sequence[Result], settings: Settings, asked: int) -> None:
+    """Write ``parity.json`` and ``parity.md`` into ``settings.out``. ``asked``: cells in all."""
     record = {
         "settings": asdict(settings),
-        "passed": passed(results),
+        "asked": asked,
+        "passed": len(results) == asked and passed(results),
         "environment": records.environment(),
         "cells": [result.to_dict() for result in results],
     }

@@ -109,15 +109,23 @@ def parity(
         timeout=timeout,
         extra=tuple(extra or ()),
     )
-    results = _run(cells, settings)
-    passed = bench.passed(results, strict)
+    results, stopped = _run(cells, settings)
+    passed = not stopped and bench.passed(results, strict)
     if as_json:
         output.print_json(
             {"passed": passed, "out": str(settings.out), "cells": [r.to_dict() for r in results]}
         )
     else:
-        _print(results, settings, passed)
-    raise typer.Exit(0 if passed else 1)
+        _print(
+            results,
+            settings,
+            f"STOPPED, {len(results)} of {len(cells)} runs are kept"
+            if stopped
+            else "PASS"
+            if passed
+            else "FAIL",
+        )
+    raise typer.Exit(130 if stopped else 0 if passed else 1)
 
 
 def _scripts(frameworks: list[str], script: Path | None) -> dict[str, Path]:
@@ -154,8 +162,9 @@ def _device(device: str, world: int) -> str:
     return ("cuda" if gpus >= world else "cpu") if device == "auto" else device
 
 
-def _run(cells: list[Cell], settings: Settings) -> list[Result]:
-    """All cells, with a progress bar on stderr (a line a cell where that is no terminal)."""
+def _run(cells: list[Cell], settings: Settings) -> tuple[list[Result], bool]:
+    """All cells, with a progress bar on stderr (a line a cell where that is no terminal), and whether the
+    user stopped it."""
     from lcab_plugin.bench import parity as bench
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -174,31 +183,33 @@ def _run(cells: list[Cell], settings: Settings) -> list[Result]:
     # The estimate counts whole runs, most of which is start-up: remember all of them.
     with Progress(*columns, console=console, speed_estimate_period=86400) as progress:
         task = progress.add_task("", total=len(cells))
-        done = 0
+        results: list[Result] = []
         running: Cell | None = None
 
         def watch(cell: Cell, steps: int) -> None:
-            nonlocal running, done
-            if running is not None and cell != running:
-                done += 1
+            nonlocal running
             if cell != running and not console.is_terminal:
                 console.print(f"{cells.index(cell) + 1}/{len(cells)} {cell.name}")
             running = cell
-            progress.update(task, completed=done, description=f"{cell.name}  step {steps}/{settings.steps}")
+            text = f"{cell.name}  step {steps}/{settings.steps}"
+            progress.update(task, completed=len(results), description=text)
 
-        results = bench.run(cells, settings, watch)
+        try:
+            bench.run(cells, settings, watch, results.append)
+        except KeyboardInterrupt:
+            return results, True
         progress.update(task, completed=len(cells), description="done")
-    return results
+    return results, False
 
 
-def _print(results: list[Result], settings: Settings, passed: bool) -> None:
+def _print(results: list[Result], settings: Settings, verdict: str) -> None:
     from lcab_plugin.bench import parity as bench
 
     right = {"step ms", "min to max", "peak GiB", "loss dev", "grad norm dev"}
     lines = []
     for result in results:
-        *cells, verdict = bench.row(result)
-        lines.append([*map(Text, cells), Text(verdict, style=_STYLES.get(verdict, "bold red"))])
+        *cells, ending = bench.row(result)
+        lines.append([*map(Text, cells), Text(ending, style=_STYLES.get(ending, "bold red"))])
     title = "Largest relative deviations (dev) from the baseline of the mask"
     output.show(output.table(title, [(">" if name in right else "") + name for name in bench.COLUMNS], lines))
     for note in bench.notes(results):
@@ -208,6 +219,4 @@ def _print(results: list[Result], settings: Settings, passed: bool) -> None:
         status: sum(r.status == status for r in results)
         for status in dict.fromkeys(r.status for r in results)
     }
-    typer.echo(
-        f"{'PASS' if passed else 'FAIL'}: " + ", ".join(f"{n} {status}" for status, n in counts.items())
-    )
+    typer.echo(f"{verdict}: {', '.join(f'{n} {status}' for status, n in counts.items()) or 'none'}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -75,10 +76,9 @@ def _overview(sources: Sequence[Source]) -> Section:
         if not own:
             continue
         cells = [r for s in own for r in s.records if r["type"] == "cell"]
-        ended = {k: sum(r["status"] == k for r in cells) for k in dict.fromkeys(r["status"] for r in cells)}
+        ended = Counter(r["status"] for r in cells)
         if what == "parity":
-            passed = sum(bool(s.parity and s.parity["passed"]) for s in own)
-            ended = {"passed": passed, "failed": len(own) - passed}
+            ended = Counter(training.parity_ending(s.parity) for s in own if s.parity is not None)
         count = len(cells) if what in ("kernels", "cp", "peers") else len(own)
         states = ", ".join(f"{n} {k}" for k, n in ended.items() if n)
         devices = {r["hardware"] for r in cells} or {r["device"] for s in own for r in s.runs}

@@ -295,6 +295,13 @@ def parity_section(sources: Iterable[Source]) -> Section:
     return made
 
 
+def parity_ending(found: Record) -> str:
+    """Of a comparison: ``passed``, ``failed``, or ``stopped`` before the last of its runs."""
+    if len(found["cells"]) < found.get("asked", 0):
+        return "stopped"
+    return "passed" if found["passed"] else "failed"
+
+
 def _verdicts(name: str, file: str, found: Record) -> Table:
     notes, rows = Notes(), []
     for result in found["cells"]:
@@ -323,7 +330,7 @@ def _verdicts(name: str, file: str, found: Record) -> Table:
     for result in found["cells"]:
         counts[result["status"]] = counts.get(result["status"], 0) + 1
     caption = (
-        f"{file}: {'passed' if found['passed'] else 'failed'}, "
+        f"{file}: {parity_ending(found)}, "
         f"{', '.join(f'{n} {status}' for status, n in counts.items())}; {settings.get('world')} processes, "
         f"{settings.get('steps')} steps, {settings.get('dtype')}"
     )

@@ -138,4 +138,6 @@ def check_parity(found: Any) -> None:
     for number, cell in enumerate(found["cells"], start=1):
         if not isinstance(cell, dict) or not {"cell", "status", "name"} <= cell.keys():
             raise LcabError(f"cell {number} lacks cell, status or name")
+    if type(found.get("asked", 0)) is not int:
+        raise LcabError(f"it has asked {found['asked']!r}, which is not a whole number")
     check({"type": "run", "schema": SCHEMA, **found["environment"]})

@@ -7,10 +7,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import lcab_plugin
+from lcab_plugin.bench import parity
 from lcab_plugin.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -149,7 +151,9 @@ def test_the_doctor_finds_a_machine_that_can_train(run: Lcab) -> None:
     assert "an all-reduce ran" in table
 
 
-def test_parity_prints_one_table_and_fails_by_its_exit_status(run: Lcab, tmp_path: Path) -> None:
+def test_parity_prints_one_table_and_fails_by_its_exit_status(
+    run: Lcab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # A script that trains nothing: every run writes the same records, but for kernel sdpa_math.
     script = tmp_path / "script.py"
     script.write_text(
@@ -179,6 +183,22 @@ def test_parity_prints_one_table_and_fails_by_its_exit_status(run: Lcab, tmp_pat
     assert result["cells"][1]["problems"] == [
         "loss in the first 10 steps deviates by 5.0e-01 (budget 1.0e-05)"
     ]
+
+    train, trained = parity._train, []
+
+    def stopped(cell: parity.Cell, *rest: Any) -> Any:
+        trained.append(cell)
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        return train(cell, *rest)
+
+    monkeypatch.setattr(parity, "_train", stopped)
+    status, out, _ = run(*common, "--kernels", "sdpa_flash", "--out", str(tmp_path / "stopped"))
+    assert status == 130
+    assert "STOPPED, 1 of 2 runs are kept: 1 pass" in out
+    assert str(tmp_path / "stopped") in out
+    kept = json.loads((tmp_path / "stopped" / "parity.json").read_text())
+    assert (kept["asked"], len(kept["cells"]), kept["passed"]) == (2, 1, False)
 
 
 def test_the_command_starts_without_the_libraries_it_does_not_need() -> None:

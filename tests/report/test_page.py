@@ -189,6 +189,13 @@ def test_verdicts_have_a_word_and_a_sign_and_their_reason(folder):
     assert "no &lt;GPU&gt; here" in page
 
 
+def test_a_comparison_that_was_stopped_has_not_passed(folder):
+    (folder / "runs" / "parity.json").write_text(json.dumps({**parity(), "asked": 3, "passed": False}))
+    _, markdown, _ = made(folder)
+    assert "1 stopped" in markdown
+    assert "runs/parity.json: stopped, 2 pass" in markdown
+
+
 def test_a_mask_is_drawn_if_it_is_the_recorded_one(folder):
     page, _, _ = made(folder)
     assert 'class="mask"' in page

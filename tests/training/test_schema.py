@@ -85,6 +85,7 @@ def test_another_schema_is_refused(tmp_path, version, why):
     ("changes", "why"),
     [
         ({"passed": None}, "it has no passed as `lcab parity` writes it"),
+        ({"asked": "two"}, "it has asked 'two', which is not a whole number"),
         ({"cells": [{"name": "a"}]}, "cell 1 lacks cell, status or name"),
         ({"environment": {"torch": "2"}}, "run has no lcab_plugin"),
     ],
