@@ -111,8 +111,10 @@ class Settings:
             masks.block_sparse(0, 1, keep)
         if (self.blocks or self.keeps) and "block_sparse" not in self.masks:
             raise LcabError("blocks and keeps are of block_sparse, which is not among the masks; name it.")
-        if self.cell_seconds <= 0:
+        if not self.cell_seconds > 0:  # nor is it nan
             raise LcabError(f"cell_seconds {self.cell_seconds} must be above 0.")
+        if self.dense_gib is not None and not self.dense_gib >= 0:
+            raise LcabError(f"dense_gib {self.dense_gib} must be at least 0.")
 
     @property
     def contenders(self) -> tuple[str, ...]:

@@ -164,7 +164,7 @@ def _measure(settings: Settings, path: Path, resume: bool) -> tuple[list[Record]
     except KeyboardInterrupt:
         stopped = True
     finally:
-        if path.exists():
+        if path.is_file():
             cells.write_csv(cells.read(path), path.with_suffix(".csv"))
     return list(found.values()), stopped
 

@@ -91,7 +91,8 @@ def draw_masks(
         own = Path(f"{one.name}-{one.seqlen}.svg")
         path = own if out is None else out / own if len(described) > 1 else out
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            if len(described) > 1:
+                path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(draw.svg(one.mask, size, words=str(one), standalone=True) + "\n")
         except OSError as error:
             raise LcabError(f"cannot write {path}: {error.strerror}; give another --out.") from None

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from lcab_plugin.cli import output
+from lcab_plugin.errors import LcabError
 
 
 def report(
@@ -28,7 +29,13 @@ def report(
 
     sources = made.load(folder)
     beside = folder.parent if folder.is_file() else folder
-    written = made.write(sources, out or beside / "report", title or f"Records of {folder.resolve().name}")
+    if all(source.problem is not None for source in sources):
+        raise LcabError(f"none of {len(sources)} files can be read: {sources[0].problem}")
+    where = out or beside / "report"
+    try:
+        written = made.write(sources, where, title or f"Records of {folder.resolve().name}")
+    except OSError as error:
+        raise LcabError(f"cannot write {where}: {error.strerror}; give another --out.") from None
     if as_json:
         output.print_json(
             {

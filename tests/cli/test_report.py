@@ -48,6 +48,22 @@ def test_a_folder_without_records_is_an_error(tmp_path):
     assert isinstance(run("report", str(tmp_path)).exception, LcabError)
 
 
+def test_a_file_that_is_no_record_is_an_error_and_no_report(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text("{}\n{}\n")
+    error = run("report", str(path)).exception
+    assert isinstance(error, LcabError)
+    assert str(error) == f"none of 1 files can be read: x.jsonl, line 1 is not a record; {DESCRIBED}."
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_report_that_cannot_be_written_is_one_sentence(tmp_path):
+    path = write(tmp_path / "k.jsonl", [RUN, kernel_cell("naive", 64, 1.0)])
+    error = run("report", str(path), "--out", str(path)).exception
+    assert isinstance(error, LcabError)
+    assert str(error) == f"cannot write {path}: File exists; give another --out."
+
+
 def test_a_mask_is_drawn_at_any_length(tmp_path):
     path = tmp_path / "m.svg"
     result = run(
