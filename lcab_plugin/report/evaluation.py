@@ -117,8 +117,10 @@ def _table(name: str, kind: _Kind, found: Mapping[str, Record], rows: Sequence[R
     for row in rows:
         if (table := found.get(row["file"])) is not None:
             own = dict(zip(table[kind.x], table[kind.y], strict=False))
-            lines.append([value(row["name"]), *(value(own.get(place)) for place in places)])
-    return Table(name, kind.title, ["run", *(f">{svg.tokens(p)}" for p in places)], lines, folded=True)
+            known = (value(own.get(place)) for place in places)
+            lines.append([value(row["name"]), value(row["mask"]), *known])
+    columns = ["run", "mask", *(f">{svg.tokens(p)}" for p in places)]
+    return Table(name, kind.title, columns, lines, folded=True)
 
 
 def memory(name: str, rows: Sequence[Record]) -> list[Block]:

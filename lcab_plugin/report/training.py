@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import PurePosixPath
@@ -56,6 +57,7 @@ def section(sources: Sequence[Source]) -> Section:
         made.figure(grids.panels(alone, partial(_panel, "world"), _label, "seqlen", quantity, style), what)
     for number, inside in enumerate(groups.values(), start=1):
         _add_losses(made, number, inside, style)
+    _add_accuracy(made, rows)
     made.blocks.append(listing("training-all", f"All {len(rows)} runs", _COLUMNS, rows))
     return made
 
@@ -85,7 +87,7 @@ def summary(source: Source) -> Record | None:
     parts = [attention["kernel"], attention["strategy"]]
     parts += [attention.get("layout")] if attention["strategy"] != "none" else []
     shares = [f"{axis}{run[axis]}" for axis in ("tp", "pp") if (run.get(axis) or 1) > 1]
-    same = {name: run.get(name) for name in _SAME} | {"mask": attention["mask"], "lr": steps[0].get("lr")}
+    task = {name: run.get(name) for name in _SAME} | {"lr": steps[0].get("lr")}
     return {
         "name": run.get("name") or PurePosixPath(source.name).parent.name,
         "file": source.name,
@@ -97,7 +99,8 @@ def summary(source: Source) -> Record | None:
         "world": run["world"],
         "seqlen": run["seqlen"],
         "model_words": f"{run['parameters'] / 1e6:.3g}M parameters" if run.get("parameters") else "",
-        "group": json.dumps(same, sort_keys=True),
+        "task": json.dumps(task, sort_keys=True),
+        "group": json.dumps({**task, "mask": attention["mask"]}, sort_keys=True),
         "device": run["device"],
         "steps": steps,
         "asked": run.get("steps"),
@@ -176,9 +179,29 @@ def _add_losses(made: Section, number: int, rows: Sequence[Record], style: dict[
     looks = {named[r["file"]]: number_of[r["file"]] for r in drawn}
     shown = grids.legend(looks | ({_MIDDLE: _MIDDLE_STYLE} if len(others) > 1 else {}))
     made.figure(f'{shown}<div class="panels">{panels}</div>', f"{words}.")
-    made.blocks += evaluation.blocks(f"training-{number}", rows, named, number_of)
     if others:
         made.blocks.append(_deviations(f"training-deviations-{number}", baseline, others))
+
+
+def _add_accuracy(made: Section, rows: Sequence[Record]) -> None:
+    """Loss by position and recall of all runs of one model on one text, whatever their masks: what one that
+    hides more loses is seen beside one that hides less."""
+    tasks: dict[str, list[Record]] = {}
+    for row in rows:
+        if row["eval"] or row["recall"]:
+            tasks.setdefault(row["task"], []).append(row)
+    for number, inside in enumerate(tasks.values(), start=1):
+        seen: Counter[str] = Counter()
+        turns: list[tuple[int, int, Record]] = []  # a run of every mask, then a second
+        for i, row in enumerate(inside):
+            turns.append((seen[row["mask"]], i, row))
+            seen[row["mask"]] += 1
+        drawn = [row for *_, row in sorted(turns, key=lambda turn: turn[:2])[:_LINES]]
+        named = {r["file"]: f"{r['mask']}, {r['name']}" if len(seen) > 1 else r["name"] for r in drawn}
+        number_of = {r["file"]: i for i, r in enumerate(drawn)}
+        found = evaluation.blocks(f"training-accuracy-{number}", inside, named, number_of)
+        words = ", ".join(filter(None, (inside[0]["model_words"], f"{inside[0]['seqlen']} tokens")))
+        made.blocks += [Heading(f"Accuracy by position and distance: {words}"), *found] if found else []
 
 
 def _aligned(row: Record, baseline: Record, key: str) -> list[tuple[int, float]]:

@@ -176,11 +176,25 @@ def test_runs_on_other_tokens_are_not_compared_number_by_number(folder):
 
 def test_accuracy_by_position_and_distance(folder):
     page, _, written = made(folder)
-    assert [r["16"] for r in table(written, "training-1-recall")] == ["0.5", "0.5"]
-    assert [r["2"] for r in table(written, "training-1-by-document-position")] == ["", ""]
+    assert [r["16"] for r in table(written, "training-accuracy-1-recall")] == ["0.5", "0.5"]
+    assert [r["2"] for r in table(written, "training-accuracy-1-by-document-position")] == ["", ""]
     assert "tokens back" in page
     (first, _) = table(written, "training-memory")
     assert (first["resident on the host"], first["activations"]) == ("0.6", "")
+
+
+def test_what_a_mask_loses_is_seen_beside_what_another_keeps(folder):
+    lines = training_run("windowed", [5.0, 4.1, 3.1])
+    lines[0]["attention"]["mask"] = "sliding_window_causal"
+    lines[-1]["recall"]["accuracy"] = [0.75, 0.0]
+    write(folder / "runs" / "w" / "metrics.jsonl", lines)
+    page, _, written = made(folder)
+    rows = {(r["run"], r["mask"]): r["16"] for r in table(written, "training-accuracy-1-recall")}
+    assert rows["windowed", "sliding_window_causal"] == "0.0"
+    assert rows["naive", "causal"] == "0.5"
+    (figure,) = [f for f in page.split("<figure>") if "Recall of a hidden value" in f]
+    assert "causal, naive, 16: 0.5" in figure  # in one chart
+    assert "sliding_window_causal, windowed, 16: 0" in figure
 
 
 def test_verdicts_have_a_word_and_a_sign_and_their_reason(folder):
