@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,11 @@ def run(shape: Shape, seqlens: Iterable[int], seconds: float = 2.0) -> Iterator[
             mask = masks.from_name(name, seqlen, **default_parameters(name, seqlen))
             for which, calls in _launches(shape, seqlen, mask):
                 yield _measured(which, calls, shape, seqlen, name, mask, clock, seconds)
+
+
+def launches(seqlens: Sequence[int]) -> int:
+    """How many findings there will be."""
+    return len(seqlens) * len(REPRESENTATIVES) * len(tuning.PASSES)
 
 
 def write(findings: Iterable[Finding]) -> Any:

@@ -67,7 +67,7 @@ def progress(
         def watch(text: str) -> None:
             bar.update(task, description=text)
             if not console.is_terminal:
-                console.print(text + _left(count, total, time.monotonic() - began))
+                console.print(text + left(count, total, time.monotonic() - began))
 
         def done() -> None:
             nonlocal count
@@ -77,11 +77,11 @@ def progress(
         yield watch, done
 
 
-def _left(count: int, total: int, seconds: float) -> str:
-    """How many cells of how many, and at their pace the time left."""
+def left(count: int, total: int, seconds: float, what: str = "cells") -> str:
+    """How many of how many, and at their pace the time left."""
     from lcab_plugin.training.display import clock
 
-    return f"  ({count} of {total} cells, {clock(seconds / count * (total - count))} left)" if count else ""
+    return f"  ({count} of {total} {what}, {clock(seconds / count * (total - count))} left)" if count else ""
 
 
 def ended(path: Path, stopped: bool = False) -> None:

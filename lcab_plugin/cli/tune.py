@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import time
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 
 from lcab_plugin.cli import output
+from lcab_plugin.cli.bench_progress import left
 from lcab_plugin.cli.parse import integers, shape
+
+if TYPE_CHECKING:
+    from lcab_plugin.bench.tune import Finding
 
 
 def tune(
@@ -31,12 +37,18 @@ def tune(
 
     tensors = shape(Shape(), heads, head_dim, dtype, 1)
     lengths = integers("--seqlens", seqlens, ",") or ()
-    findings = []
-    for finding in tuner.run(tensors, lengths, seconds):
-        findings.append(finding)
-        if not as_json:
+    findings: list[Finding] = []
+    total, began, stopped = tuner.launches(lengths), time.monotonic(), False
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    try:
+        for finding in tuner.run(tensors, lengths, seconds):
+            findings.append(finding)
             speedup = finding.median_ms[finding.default] / finding.median_ms[finding.best]
-            typer.echo(f"{finding.key}: {speedup:.2f}x by {finding.best}" if speedup > 1 else finding.key)
+            found = f": {speedup:.2f}x by {finding.best}" if speedup > 1 else ""
+            so_far = left(len(findings), total, time.monotonic() - began, "launches")
+            console.print(f"{finding.key}{found}{so_far}", markup=False)
+    except KeyboardInterrupt:
+        stopped = True
     path = tuner.write(findings)
     if as_json:
         output.print_json(
@@ -50,7 +62,7 @@ def tune(
                 for f in findings
             ]
         )
-        return
+        raise typer.Exit(130 if stopped else 0)
     lines = []
     for f in findings:
         times = " ".join(f"{ms:.3f}" for ms in f.median_ms.values())
@@ -63,4 +75,7 @@ def tune(
         "kept: rows, keys, warps, stages, TMA",
     ]
     output.show(output.table(None, columns, lines))
+    if stopped:
+        typer.echo(f"Stopped after {len(findings)} of {total} launches, which are kept.")
     typer.echo(f"Findings: {path}")
+    raise typer.Exit(130 if stopped else 0)

@@ -42,6 +42,21 @@ def test_without_a_gpu_it_says_so():
     assert "there is nothing to tune: kernel 'triton' needs a CUDA GPU" in str(result.exception)
 
 
+def test_what_was_found_before_it_is_stopped_is_kept(tmp_path, monkeypatch):
+    def stopped(*_):
+        yield finding(1.0, 0.5)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuning, "USER_FILE", tmp_path / "triton.json")
+    monkeypatch.setattr(tune, "run", stopped)
+    result = CliRunner().invoke(app, ["tune", "--seqlens", "512"])
+    assert result.exit_code == 130
+    assert tuning.read() == {"key": OTHER}
+    assert f"Stopped after 1 of {2 * len(tuning.PASSES)} launches, which are kept." in result.stdout
+    assert f"Findings: {tmp_path / 'triton.json'}" in result.stdout
+    assert f"key: 2.00x by {OTHER}  (1 of {2 * len(tuning.PASSES)} launches, 0:00:00 left)" in result.stderr
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_on_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "USER_FILE", tmp_path / "triton.json")
