@@ -84,7 +84,7 @@ def blocks(name: str, rows: Sequence[Record], named: Mapping[str, str], at: Mapp
             if file in named and points:
                 series.append(svg.Series(named[file], list(points), list(points.values()), at[file]))
         if series:
-            charts.append(_chart(kind, series))
+            charts.append(f"<figcaption>{kind.title}</figcaption>{_chart(kind, series)}")
             tables.append(_table(f"{name}-{kind.slug.replace('_', '-')}", kind, found, rows))
     if not charts:
         return []

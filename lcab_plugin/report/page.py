@@ -139,7 +139,8 @@ def _files(sources: Sequence[Source]) -> Section:
     rows: list[list[Value]] = []
     for source in sources:
         run = source.runs[0] if source.runs else {}
-        facts = [run.get(name) for name in ("lcab_plugin", "torch", "device", "git")]
+        facts = [run.get(name) for name in ("lcab_plugin", "torch", "device")]
+        commit, dash, dirty = (run.get("git") or "").partition("-")
         command = " ".join(map(str, run.get("command") or [])) or None
         count = len(source.records) or (len(source.parity["cells"]) if source.parity else 0)
         rows.append(
@@ -147,7 +148,9 @@ def _files(sources: Sequence[Source]) -> Section:
                 value(source.name),
                 value(source.what or "unreadable"),
                 value(count),
-                *map(value, (*facts, command)),
+                *map(value, facts),
+                Value(run.get("git"), commit[:12] + dash + dirty or "-"),
+                value(command),
             ]
         )
     made = Section("files", "Files")

@@ -175,7 +175,11 @@ def _add_losses(made: Section, number: int, rows: Sequence[Record], style: dict[
     left = len(rows) - len(drawn)
     if left > 0:
         words += f" ({left} more runs, nearer to it, are in the band only)"
-    panels = "".join(f"<figure>{chart}</figure>" for chart in charts)
+    titles = "Loss", "Deviation from it"
+    panels = "".join(
+        f"<figure><figcaption>{title}</figcaption>{chart}</figure>"
+        for title, chart in zip(titles, charts, strict=False)
+    )
     looks = {named[r["file"]]: number_of[r["file"]] for r in drawn}
     shown = grids.legend(looks | ({_MIDDLE: _MIDDLE_STYLE} if len(others) > 1 else {}))
     made.figure(f'{shown}<div class="panels">{panels}</div>', f"{words}.")

@@ -126,8 +126,7 @@ def test_a_record_says_what_was_measured_where_and_how_well(path: Path) -> None:
         assert 0 < record["error_out"] < 1e-5
         assert all(x is None if step == "fwd" else 0 < x < 1e-5 for x in gradients)
         assert record["peak_memory_gib"] is record["peak_reserved_gib"] is None
-        assert (record["peak_rss_gib"] is not None) == (sys.platform == "linux")
-        assert record["peak_rss_gib"] is None or 0.05 < record["peak_rss_gib"] < 8
+        assert sys.platform != "linux" or 0.05 < record["peak_rss_gib"] < 8
         assert "CPU" in record["peak_memory_note"]
         assert record["host_us"] is None
         assert record["torch"] == torch.__version__
@@ -307,8 +306,7 @@ def test_on_a_gpu_memory_and_the_hosts_share_are_recorded(
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     found = by_cell(measure(path, ask("naive")))
     assert [found["naive", step]["peak_memory_gib"] for step in PASSES] == [1.0, 3.0, 3.0]
-    assert [found["naive", step]["peak_reserved_gib"] for step in PASSES] == [5.0] * 3
-    assert [found["naive", step]["peak_memory_note"] for step in PASSES] == [None] * 3
+    assert {(r["peak_reserved_gib"], r["peak_memory_note"]) for r in found.values()} == {(5.0, None)}
     assert found["naive", "fwd"]["host_us"] > 0
     assert found["naive", "bwd"]["host_us"] is None
 
@@ -435,15 +433,10 @@ def test_an_interrupted_run_keeps_what_it_measured(
         (("--heads", "8:4:2"), "such as 64:8, not '8:4:2'"),
         (("--masks", ","), "names nothing"),
         (("--cell-seconds", "0"), "must be above 0"),
-        (("--cell-seconds", "nan"), "cell_seconds nan must be above 0"),
-        (("--dense-gib", "-1"), "dense_gib -1.0 must be at least 0"),
-        (("--out", "/"), "cannot write /: Is a directory; give another --out."),
         (("--blocks", "64,0"), "error: block must be an integer of at least 1, not 0."),
         (("--keeps", "0.5,1.5"), "error: keep must be a number above 0 and at most 1, not 1.5."),
         (("--keeps", "half"), "error: --keeps takes numbers such as 0.1,0.5, not 'half'."),
         (("--masks", "causal", "--keeps", "0.5"), "of block_sparse, which is not among the masks; name it."),
-        (("--out", "x.csv"), "give a name ending in .jsonl"),
-        (("--device", "gpu"), "error: device 'gpu' is none of auto, cpu, cuda."),
     ],
 )
 def test_bad_input_is_one_sentence_before_any_work(
