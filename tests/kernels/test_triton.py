@@ -65,7 +65,9 @@ def test_every_configuration_compiles(cell, resources):
     if dtype == "bf16":
         assert found["wgmma"] if config.tma and config.keys >= 64 else found["wgmma"] + found["mma"]
     if default:
-        assert found["local"] <= 96, "a default spills more registers than was measured to pay"
+        # What dkv of head_dim 128 spills on Hopper, to keep four products of 64 rows in registers.
+        assert found["local"] <= 112, "a default spills more registers than was measured to pay"
+    assert not found["serialised"], "products wait for each other that were to overlap"
     if table is not None:
         assert found == table[module.name(*cell[:5])], "run python tests/kernels/triton_resources.py"
 
@@ -76,7 +78,8 @@ def painted(plan: Plan, q_len: int, k_len: int, rows: int, keys: int) -> np.ndar
     column = np.arange(k_len)
     seen = np.zeros((q_len, k_len), dtype=int)
     allowed = ((column >= starts[..., None]) & (column < stops[..., None])).any(0)
-    for block, full, partial, end in lines:
+    for block, full, partial, end, count in lines:
+        assert count == runs[full:partial, 1].sum(), "FULL blocks of the line"
         own = slice(block * rows, (block + 1) * rows)
         for run in range(full, end):
             first, length = runs[run]
@@ -104,7 +107,7 @@ def test_a_plan_is_its_mask(name, n, rows, keys, data):
         plan = Plan(one, rows, keys, torch.device("cpu"))
         seen = painted(plan, one.q_len, one.k_len, rows, keys)
         np.testing.assert_array_equal(seen, one.to_dense().int().numpy())
-        work = [int(plan.tensors[1][a:b, 1].sum()) for _, a, _, b in plan.lines.tolist()]
+        work = [int(plan.tensors[1][a:b, 1].sum()) for _, a, _, b, _ in plan.lines.tolist()]
         assert work == sorted(work, reverse=True), "the heaviest rows start first"
     torch.testing.assert_close(mask.transposed().to_dense(), mask.to_dense().T)
 
@@ -139,7 +142,7 @@ def test_findings_outlive_the_process(tmp_path):
     assert tuning.read(path) == {}
     tuning.write({"a": Config(64, 64, 4, 3, True)}, path)
     tuning.write({"b": Config(32, 64, 4, 2)}, path)
-    assert tuning.read(path) == {"a": Config(64, 64, 4, 3, True), "b": Config(32, 64, 4, 2, False)}
+    assert tuning.read(path) == {"a": Config(64, 64, 4, 3, True), "b": Config(32, 64, 4, 2, False, False)}
     assert [p.name for p in path.parent.iterdir()] == ["triton.json"]
     path.write_text("{half")
     with pytest.warns(UserWarning, match="cannot be read"):

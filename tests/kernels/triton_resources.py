@@ -16,15 +16,20 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from lcab_plugin.kernels.triton import tuning
-from lcab_plugin.kernels.triton.backward import dkv_kernel, dq_kernel
-from lcab_plugin.kernels.triton.forward import forward_kernel
+from lcab_plugin.kernels.triton import backward, forward, hopper, hopper_backward, hopper_forward, tuning
 from lcab_plugin.kernels.triton.tuning import Config
 
 TABLE = Path(__file__).with_suffix(".json")
-KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
+KERNELS = {"forward": forward.forward_kernel, "dq": backward.dq_kernel, "dkv": backward.dkv_kernel}
+SPECIALISED = {
+    "forward": hopper_forward.forward_kernel,
+    "dq": hopper_backward.dq_kernel,
+    "dkv": hopper_backward.dkv_kernel,
+}
 STREAMED = {"forward": ("K", "V"), "dq": ("K", "V"), "dkv": ("Q", "DOUT")}
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10}  # bytes a block may use (CUDA C++ programming guide, table 27)
 
@@ -45,13 +50,31 @@ def cells() -> Iterator[tuple[str, int, str, int, Config, bool]]:
 
 def name(which: str, width: int, dtype: str, arch: int, config: Config) -> str:
     """The cell's key in the table."""
-    tma = " tma" if config.tma else ""
+    tma = " tma" * config.tma + " specialised" * config.specialised
     blocks = f"{config.rows}x{config.keys} {config.warps} warps {config.stages} stages{tma}"
     return f"sm_{arch} {dtype} {which} d{width}: {blocks}"
 
 
 def compile_cell(which: str, width: int, dtype: str, arch: int, config: Config) -> dict[str, Any]:
     """Registers and local memory a thread, shared memory a block (bytes), and tensor-core instructions."""
+    compiled = (
+        _specialised(which, width, dtype, config)
+        if config.specialised
+        else _portable(which, width, dtype, arch, config)
+    )
+    registers, local = _usage(compiled.asm["cubin"])
+    ptx = compiled.asm["ptx"]
+    return {
+        "registers": registers,
+        "local": local,
+        "shared": compiled.metadata.shared,
+        "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
+        "mma": len(re.findall(r"\bmma\.sync", ptx)),
+        "serialised": config.specialised and _serialised(ptx),
+    }
+
+
+def _portable(which: str, width: int, dtype: str, arch: int, config: Config) -> Any:
     kernel = KERNELS[which]
     constants = {
         "BM": config.rows,
@@ -66,20 +89,35 @@ def compile_cell(which: str, width: int, dtype: str, arch: int, config: Config) 
         "TMA": config.tma,
     }
     signature, attributes = _signature(kernel.arg_names, which, dtype, config, constants)
-    compiled = triton.compile(
+    return triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", arch, 32),
         options={"num_warps": config.warps, "num_stages": config.stages},
     )
-    registers, local = _usage(compiled.asm["cubin"])
-    ptx = compiled.asm["ptx"]
-    return {
-        "registers": registers,
-        "local": local,
-        "shared": compiled.metadata.shared,
-        "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
-        "mma": len(re.findall(r"\bmma\.sync", ptx)),
-    }
+
+
+def _specialised(which: str, width: int, dtype: str, config: Config) -> Any:
+    kernel = SPECIALISED[which]
+    own, block = (config.keys, config.rows) if which == "dkv" else (config.rows, config.keys)
+    meta = hopper.Meta(which != "dkv", block, config.stages, 1, False, width, width, own)
+    constants = {"META": meta}
+    keys, rows = (own, block) if which == "dkv" else (block, own)
+    tiles = {"K": keys, "V": keys, "DK": keys, "DV": keys, "Q": rows, "OUT": rows, "DOUT": rows, "DQ": rows}
+    signature, attributes = _signature(kernel.arg_names, which, dtype, config, constants)
+    for argument in kernel.arg_names:
+        if argument in tiles:
+            shape = [1, tiles[argument], 1, width]
+            signature[argument] = f"tensordesc<{dtype}{shape},{hopper.tile_layout(shape)!r}>"
+        elif argument in ("LSE", "DELTA") and which == "dkv":
+            signature[argument] = f"tensordesc<fp32{[1, block]},{hopper.row_layout()!r}>"
+    for i, argument in enumerate(kernel.arg_names):
+        if signature[argument].startswith("tensordesc"):
+            attributes.pop((i,), None)
+    return triton.compile(
+        GluonASTSource(kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", 90, 32),
+        options=hopper.LAUNCH,
+    )
 
 
 def _signature(
@@ -91,7 +129,7 @@ def _signature(
     for i, argument in enumerate(arguments):
         if argument in constants:
             signature[argument] = "constexpr"
-        elif config.tma and argument in STREAMED[which]:
+        elif config.tma and not config.specialised and argument in STREAMED[which]:
             rows = config.keys if argument in ("K", "V") else config.rows
             signature[argument] = f"tensordesc<{dtype}[1, {rows}, 1, {constants['DP']}]>"
         elif argument in ("LSE", "LSE2", "DELTA"):
@@ -121,6 +159,16 @@ def _usage(cubin: bytes) -> tuple[int, int]:
     found = re.search(r"REG:(\d+) STACK:(\d+)", report)
     assert found, report
     return int(found[1]), int(found[2])
+
+
+def _serialised(ptx: str) -> bool:
+    """Whether the assembler waits between warpgroup products that were to overlap: for registers, say."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return re.search(r"\(C75\d\d\)", report) is not None
 
 
 if __name__ == "__main__":

@@ -73,7 +73,8 @@ class TritonKernel:
         return None
 
     def explain(self, mask: AttentionMask, head_dim: int) -> list[NativeCall]:
-        shape = tuning.Shape.of("forward", (9, 0), (head_dim, head_dim), torch.bfloat16, 1, mask)
+        # As with query heads that come in pairs; without, a Hopper GPU computes blocks of twice the rows.
+        shape = tuning.Shape.of("forward", (9, 0), (head_dim, head_dim), torch.bfloat16, 2, mask)
         config = tuning.candidates(shape)[0]
         blocks = mask.block_map(config.rows, config.keys)
         full, count = int(blocks.length[blocks.kind == FULL].sum()), int(blocks.length.sum())
@@ -86,7 +87,7 @@ class TritonKernel:
         from lcab_plugin.kernels.triton import launch
 
         q, k, v = (launch.unit_stride(x) for x in (q, k, v))
-        config = tuning.choose("forward", q, k, v, (k, v), mask, options)
+        config = tuning.choose("forward", q, k, v, (q, k, v), mask, options)
         return launch.forward(q, k, v, mask, options, config)
 
     def backward(
@@ -104,9 +105,10 @@ class TritonKernel:
 
         dout, q, k, v, out = (launch.unit_stride(x) for x in (dout, q, k, v, out))
         delta, lse2 = launch.row_sums(dout, out, lse.contiguous())
-        config = tuning.choose("dq", q, k, v, (k, v), mask, options)
+        streamed = dout, q, k, v
+        config = tuning.choose("dq", q, k, v, streamed, mask, options)
         dq = launch.sum_dq(dout, q, k, v, lse2, delta, mask, options, config)
-        config = tuning.choose("dkv", q, k, v, (q, dout), mask, options)
+        config = tuning.choose("dkv", q, k, v, streamed, mask, options)
         return dq, *launch.sum_dkv(dout, q, k, v, lse2, delta, mask, options, config)
 
 

@@ -46,20 +46,22 @@ def delta_kernel(
     heads,
     batch_heads,
     tq,
+    sum_stride,
     BM: tl.constexpr,
     DV: tl.constexpr,
     DVP: tl.constexpr,
 ):
-    """``DELTA [b, h, tq] = rowsum(dout * out)``, and ``LSE2``: ``LSE`` to base 2."""
+    """``DELTA [b, h, tq] = rowsum(dout * out)``, and ``LSE2``: ``LSE`` to base 2; rows of ``sum_stride``
+    numbers, a multiple of ``BM``, with zeros past ``tq``."""
     first, bh = (tl.program_id(0) // batch_heads) * BM, tl.program_id(0) % batch_heads
     b, h = bh // heads, bh % heads
     rows = first + tl.arange(0, BM)
     dout = load_rows(at(at(DOUT, b, do_batch), h, do_head), do_stride, first, tq, BM, DV, DVP, True)
     out = load_rows(at(at(OUT, b, o_batch), h, o_head), o_stride, first, tq, BM, DV, DVP, True)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
-    tl.store(at(DELTA, bh, tq) + rows, delta, mask=rows < tq)
+    tl.store(at(DELTA, bh, sum_stride) + rows, delta)
     lse = load_vector(at(LSE, bh, tq), rows, tq, True)
-    tl.store(at(LSE2, bh, tq) + rows, lse * LOG2E, mask=rows < tq)
+    tl.store(at(LSE2, bh, sum_stride) + rows, lse * LOG2E)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -92,6 +94,7 @@ def dq_kernel(
     batch_heads,
     tq,
     tk,
+    sum_stride,
     intervals,
     scale_log2,
     cap_log2,
@@ -109,7 +112,7 @@ def dq_kernel(
 ):
     """``DQ [b, tq, h, D]`` (contiguous); the table and the grid are the forward's."""
     pid = tl.program_id(0)
-    line = lines + (pid // batch_heads) * 4
+    line = lines + (pid // batch_heads) * 5
     bh = pid % batch_heads
     b, h = bh // heads, bh % heads
     hk = h // group
@@ -117,8 +120,8 @@ def dq_kernel(
     rows = first_row + tl.arange(0, BM)
     q = load_rows(at(at(Q, b, q_batch), h, q_head), q_stride, first_row, tq, BM, D, DP, True)
     dout = load_rows(at(at(DOUT, b, do_batch), h, do_head), do_stride, first_row, tq, BM, DV, DVP, True)
-    lse = tl.load(at(LSE, bh, tq) + rows, mask=rows < tq, other=0.0)
-    delta = tl.load(at(DELTA, bh, tq) + rows, mask=rows < tq, other=0.0)
+    lse = tl.load(at(LSE, bh, sum_stride) + rows, mask=rows < tq, other=0.0)
+    delta = tl.load(at(DELTA, bh, sum_stride) + rows, mask=rows < tq, other=0.0)
     if not TMA:
         K = at(at(K, b, k_batch), hk, k_head)
         V = at(at(V, b, v_batch), hk, v_head)
@@ -179,6 +182,7 @@ def dkv_kernel(
     batch_heads,
     tq,
     tk,
+    sum_stride,
     intervals,
     scale_log2,
     cap_log2,
@@ -200,7 +204,7 @@ def dkv_kernel(
     batch x kv heads (``batch_heads``). Products are transposed, [keys, rows], so that no score has to be.
     """
     pid = tl.program_id(0)
-    line = lines + (pid // batch_heads) * 4
+    line = lines + (pid // batch_heads) * 5
     bh = pid % batch_heads
     kv_heads = heads // group
     b, hk = bh // kv_heads, bh % kv_heads
@@ -218,8 +222,8 @@ def dkv_kernel(
         else:
             Qh = at(at(Q, b, q_batch), h, q_head)
             DOh = at(at(DOUT, b, do_batch), h, do_head)
-        LSEh = at(LSE, b * heads + h, tq)
-        DELTAh = at(DELTA, b * heads + h, tq)
+        LSEh = at(LSE, b * heads + h, sum_stride)
+        DELTAh = at(DELTA, b * heads + h, sum_stride)
         for MASKED in tl.static_range(2):  # the FULL runs, then the PARTIAL ones
             start0, stop0, start1, stop1 = keep_intervals(starts, stops, keys, tk, KEPT, MASKED)
             for r in range(tl.load(line + 1 + MASKED), tl.load(line + 2 + MASKED)):

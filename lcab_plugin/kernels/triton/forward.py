@@ -15,7 +15,7 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 # Lengths and numbers of heads: Triton would compile anew for each that is 1 or a multiple of 16.
-COUNTS = ("heads", "group", "batch_heads", "tq", "tk", "intervals")
+COUNTS = ("heads", "group", "batch_heads", "tq", "tk", "sum_stride", "intervals")
 
 
 @triton.jit
@@ -97,7 +97,7 @@ def dot(a, b, acc, UPCAST: tl.constexpr):
 def load_intervals(starts, stops, index, rows, count):
     """Interval ``index`` of these of ``count`` rows; rows past the last see nothing."""
     inside = rows < count
-    offset = index.to(tl.int64) * count + rows
+    offset = tl.cast(index, tl.int64) * count + rows
     return tl.load(starts + offset, mask=inside, other=0), tl.load(stops + offset, mask=inside, other=0)
 
 
@@ -107,9 +107,9 @@ def keep_intervals(starts, stops, rows, count, KEPT: tl.constexpr, NEEDED: tl.co
     start0, stop0 = rows, rows
     start1, stop1 = rows, rows
     if NEEDED and KEPT > 0:
-        start0, stop0 = load_intervals(starts, stops, tl.full([], 0, tl.int32), rows, count)
+        start0, stop0 = load_intervals(starts, stops, 0, rows, count)
     if NEEDED and KEPT == 2:
-        start1, stop1 = load_intervals(starts, stops, tl.full([], 1, tl.int32), rows, count)
+        start1, stop1 = load_intervals(starts, stops, 1, rows, count)
     return start0, stop0, start1, stop1
 
 
@@ -121,7 +121,7 @@ def visible(columns, start0, stop0, start1, stop1, starts, stops, rows, count, i
     if KEPT == 0:
         seen = seen & (columns < 0)
         for i in range(intervals):
-            start, stop = load_intervals(starts, stops, tl.full([], 0, tl.int32) + i, rows, count)
+            start, stop = load_intervals(starts, stops, i, rows, count)
             seen = seen | ((columns >= start[:, None]) & (columns < stop[:, None]))
     if KEPT == 2:
         seen = seen | ((columns >= start1[:, None]) & (columns < stop1[:, None]))
@@ -183,7 +183,7 @@ def forward_kernel(
     each other.
     """
     pid = tl.program_id(0)
-    line = lines + (pid // batch_heads) * 4
+    line = lines + (pid // batch_heads) * 5
     bh = pid % batch_heads
     b, h = bh // heads, bh % heads
     hk = h // group

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from lcab_plugin.masks import AttentionMask
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # decided when Triton is imported
 _LOG2E = math.log2(math.e)
+_SUM_ROWS = 64
 
 
 def forward(
@@ -29,6 +31,9 @@ def forward(
     out = torch.empty(b, tq, h, dv, dtype=q.dtype, device=q.device)
     lse = torch.empty(b, h, tq, dtype=torch.float32, device=q.device)
     if not lse.numel():
+        return out, lse
+    if config.specialised:
+        _forward_on_hopper(q, k, v, out, lse, mask, options, config)
         return out, lse
     plan = planning.plan(mask, config.rows, config.keys, q.device)
     forward_kernel[(len(plan.lines) * b * h,)](
@@ -49,16 +54,93 @@ def forward(
     return out, lse
 
 
+def _forward_on_hopper(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: AttentionMask,
+    options: KernelOptions,
+    config: Config,
+) -> None:
+    from lcab_plugin.kernels.triton import hopper, hopper_forward
+
+    plan, programs, counts, meta = _items(q, k, v, mask, options, config)
+    hopper_forward.forward_kernel[(programs,)](
+        hopper.source(q, meta.own, meta.dim),
+        hopper.source(k, meta.block, meta.dim),
+        hopper.source(v, meta.block, meta.value_dim),
+        hopper.source(out, meta.own, meta.value_dim),
+        lse,
+        *plan.tensors,
+        *counts,
+        q.shape[1],
+        plan.intervals,
+        *_scales(options),
+        meta,
+        **hopper.LAUNCH,
+    )
+
+
+def _items(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: AttentionMask,
+    options: KernelOptions,
+    config: Config,
+    by_keys: bool = False,
+) -> tuple[planning.Plan, int, tuple[int, int, int, int], Any]:
+    """Of a launch on Hopper: the plan, how many programs, ``units, heads, group, items`` (of the kernels in
+    ``hopper_forward.py``) and the meta. ``by_keys``: the groups of warps own keys, not rows."""
+    from lcab_plugin.kernels.triton import hopper
+
+    b, _, heads, d = q.shape
+    group = heads // k.shape[2]
+    paired = group % 2 == 0 and not by_keys
+    units = b * k.shape[2] if by_keys else b * heads // 2 if paired else b * heads
+    lines = config.keys if by_keys else config.rows
+    block = config.rows if by_keys else config.keys
+    plan = planning.plan(mask, lines if paired else 2 * lines, block, q.device, transposed=by_keys)
+    items = len(plan.lines) * units
+    meta = hopper.Meta(
+        paired,
+        block,
+        config.stages,
+        plan.kept,
+        options.softcap is not None,
+        padded(d),
+        padded(v.shape[-1]),
+        lines,
+    )
+    return plan, min(items, _multiprocessors(q.device)), (units, heads, group, items), meta
+
+
 def row_sums(dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """``delta [b, h, tq] = rowsum(dout * out)``, and ``lse`` to base 2: what both backward passes read."""
+    """``delta [b, h, tq] = rowsum(dout * out)``, and ``lse`` to base 2: what both backward passes read. Their
+    rows are 16-byte aligned, with zeros between them."""
     b, tq, h, dv = out.shape
-    delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
+    sum_stride = -(-tq // _SUM_ROWS) * _SUM_ROWS
+    delta, lse2 = (torch.empty(b, h, sum_stride, dtype=lse.dtype, device=lse.device) for _ in range(2))
     if delta.numel():
         strides = *dout.stride()[:3], *out.stride()[:3]
-        delta_kernel[(-(-tq // 64) * b * h,)](
-            dout, out, lse, delta, lse2, *strides, h, b * h, tq, BM=64, DV=dv, DVP=_padded(dv)
+        delta_kernel[(sum_stride // _SUM_ROWS * b * h,)](
+            dout,
+            out,
+            lse,
+            delta,
+            lse2,
+            *strides,
+            h,
+            b * h,
+            tq,
+            sum_stride,
+            BM=_SUM_ROWS,
+            DV=dv,
+            DVP=padded(dv),
         )
-    return delta, lse2
+    return delta[..., :tq], lse2[..., :tq]
 
 
 def sum_dq(
@@ -77,6 +159,9 @@ def sum_dq(
     dq = torch.empty(b, tq, h, d, dtype=q.dtype, device=q.device)
     if not dq.numel():
         return dq
+    if config.specialised:
+        _dq_on_hopper(dq, dout, q, k, v, lse2, delta, mask, options, config)
+        return dq
     plan = planning.plan(mask, config.rows, config.keys, q.device)
     sources = dout, q, _source(k, config.keys, config.tma), _source(v, config.keys, config.tma)
     dq_kernel[(len(plan.lines) * b * h,)](
@@ -84,7 +169,7 @@ def sum_dq(
         *sources,
         lse2,
         delta,
-        *_rest(dout, q, k, v, plan, b * h, options),
+        *_rest(dout, q, k, v, lse2, plan, b * h, options),
         TMA=config.tma,
         **_constants(config, plan, d, v.shape[-1], options),
     )
@@ -108,6 +193,9 @@ def sum_dkv(
     dv = torch.empty(b, tk, hk, dv_dim, dtype=v.dtype, device=q.device)
     if not dk.numel():
         return dk, dv
+    if config.specialised:
+        _dkv_on_hopper(dk, dv, dout, q, k, v, lse2, delta, mask, options, config)
+        return dk, dv
     plan = planning.plan(mask, config.keys, config.rows, q.device, transposed=True)
     sources = _source(dout, config.rows, config.tma), _source(q, config.rows, config.tma), k, v
     dkv_kernel[(len(plan.lines) * b * hk,)](
@@ -116,7 +204,7 @@ def sum_dkv(
         *sources,
         lse2,
         delta,
-        *_rest(dout, q, k, v, plan, b * hk, options),
+        *_rest(dout, q, k, v, lse2, plan, b * hk, options),
         TMA=config.tma,
         **_constants(config, plan, d, dv_dim, options),
     )
@@ -128,13 +216,86 @@ def _rest(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    lse2: Tensor,
     plan: planning.Plan,
     batch_heads: int,
     options: KernelOptions,
 ) -> tuple[Any, ...]:
     """The arguments both backward kernels share after their tensors."""
     strides = [s for x in (dout, q, k, v) for s in x.stride()[:3]]
-    return *plan.tensors, *strides, *_sizes(q, k, plan, batch_heads), *_scales(options), options.scale
+    *sizes, intervals = _sizes(q, k, plan, batch_heads)
+    return *plan.tensors, *strides, *sizes, lse2.stride(1), intervals, *_scales(options), options.scale
+
+
+def _dq_on_hopper(
+    dq: Tensor,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse2: Tensor,
+    delta: Tensor,
+    mask: AttentionMask,
+    options: KernelOptions,
+    config: Config,
+) -> None:
+    from lcab_plugin.kernels.triton import hopper, hopper_backward
+
+    plan, programs, counts, meta = _items(q, k, v, mask, options, config)
+    hopper_backward.dq_kernel[(programs,)](
+        hopper.source(dq, meta.own, meta.dim),
+        hopper.source(dout, meta.own, meta.value_dim),
+        hopper.source(q, meta.own, meta.dim),
+        hopper.source(k, meta.block, meta.dim),
+        hopper.source(v, meta.block, meta.value_dim),
+        lse2,
+        delta,
+        *plan.tensors,
+        *counts,
+        q.shape[1],
+        lse2.stride(1),
+        plan.intervals,
+        *_scales(options),
+        options.scale,
+        meta,
+        **hopper.LAUNCH,
+    )
+
+
+def _dkv_on_hopper(
+    dk: Tensor,
+    dv: Tensor,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse2: Tensor,
+    delta: Tensor,
+    mask: AttentionMask,
+    options: KernelOptions,
+    config: Config,
+) -> None:
+    from lcab_plugin.kernels.triton import hopper, hopper_backward
+
+    plan, programs, counts, meta = _items(q, k, v, mask, options, config, by_keys=True)
+    hopper_backward.dkv_kernel[(programs,)](
+        hopper.source(dk, meta.own, meta.dim),
+        hopper.source(dv, meta.own, meta.value_dim),
+        hopper.source(dout, meta.block, meta.value_dim),
+        hopper.source(q, meta.block, meta.dim),
+        hopper.source(k, meta.own, meta.dim),
+        hopper.source(v, meta.own, meta.value_dim),
+        hopper.row_source(lse2, meta.block),
+        hopper.row_source(delta, meta.block),
+        *plan.tensors,
+        *counts,
+        k.shape[1],
+        plan.intervals,
+        *_scales(options),
+        options.scale,
+        meta,
+        **hopper.LAUNCH,
+    )
 
 
 def unit_stride(x: Tensor) -> Tensor:
@@ -142,7 +303,13 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _padded(n: int) -> int:
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def padded(n: int) -> int:
+    """A head_dim as wide as the kernels read it."""
     return max(16, 1 << (n - 1).bit_length())
 
 
@@ -150,7 +317,7 @@ def _source(x: Tensor, rows: int, tma: bool) -> Any:
     """A tensor as the kernels read its blocks of rows."""
     if not tma:
         return x
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, 1, _padded(x.shape[-1])])
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, 1, padded(x.shape[-1])])
 
 
 def _sizes(q: Tensor, k: Tensor, plan: planning.Plan, batch_heads: int) -> tuple[int, ...]:
@@ -172,12 +339,13 @@ def _constants(
         "BM": config.rows,
         "BN": config.keys,
         "D": d,
-        "DP": _padded(d),
+        "DP": padded(d),
         "DV": dv,
-        "DVP": _padded(dv),
+        "DVP": padded(dv),
         "KEPT": plan.kept,
         "SOFTCAP": options.softcap is not None,
         "UPCAST": INTERPRETED,
         "num_warps": config.warps,
         "num_stages": config.stages,
+        "enable_fp_fusion": True,  # Triton 3.10 leaves it out unless asked
     }

@@ -14,8 +14,9 @@ from lcab_plugin.masks import FULL, PARTIAL, AttentionMask
 class Plan:
     """The block table of one mask in blocks of [rows, keys], int32 in one buffer.
 
-    ``lines`` [row blocks, 4]: block, then where its FULL runs begin, where its PARTIAL runs begin and where
-    they end; the line with the most blocks comes first. ``runs`` [n, 2]: first key block and length.
+    ``lines`` [row blocks, 5]: block, then where its FULL runs begin, where its PARTIAL runs begin and where
+    they end, and how many FULL blocks there are; the line with the most blocks comes first. ``runs`` [n, 2]:
+    first key block and length.
     ``starts, stops`` [intervals, rows]: the keys each row sees, ascending and apart; unused ones are empty.
 
     The numbers of runs and of intervals are rounded up to powers of two, so that like masks launch alike;
@@ -151,7 +152,8 @@ def _table(mask: AttentionMask, rows: int, keys: int) -> tuple[np.ndarray, np.nd
     end = np.searchsorted(line, np.arange(blocks.shape[0]), side="right")
     full = begin + np.bincount(line[kind == FULL], minlength=blocks.shape[0])
     work = np.bincount(line, weights=length, minlength=blocks.shape[0])
-    lines = np.stack([np.arange(blocks.shape[0]), begin, full, end], axis=1)
+    inner = np.bincount(line, weights=length * (kind == FULL), minlength=blocks.shape[0])
+    lines = np.stack([np.arange(blocks.shape[0]), begin, full, end, inner], axis=1)
     return lines[np.argsort(-work, kind="stable")], np.stack([first, length], axis=1).reshape(-1, 2)
 
 

@@ -28,13 +28,16 @@ USER_FILE = Path.home() / ".cache" / "lcab_plugin" / "triton.json"
 
 
 class Config(NamedTuple):
-    """One launch: blocks of ``rows`` x ``keys``, warps, pipeline stages, tensor descriptors (TMA)."""
+    """One launch: blocks of ``rows`` x ``keys``, warps, pipeline stages, tensor descriptors (TMA), and if
+    warps are specialised (``hopper.py``: the rows, of dk and dv the keys, and the warps are of one of two
+    groups)."""
 
     rows: int
     keys: int
     warps: int
     stages: int
     tma: bool = False
+    specialised: bool = False
 
 
 class Shape(NamedTuple):
@@ -74,20 +77,19 @@ class Shape(NamedTuple):
 
 # {(pass, head_dim up to): configurations}: the default of dense masks, then that of sparse ones, then what
 # else `lcab tune` tries. tests/kernels/triton_resources.json has what each one takes on sm_80 and sm_90.
-# Chosen on an H100 (Triton 3.6, bf16, 16K tokens, 64:8 heads), where two defaults of head_dim 128 pay for a
-# spill of less than 100 bytes a thread: two blocks to a multiprocessor hide more than it costs (causal
-# forward 554 TFLOP/s to 501 without, dkv of causal documents 435 to 408).
+# Chosen on an H200 (Triton 3.6, bf16, 16K tokens, 64:8 heads, causal, full, documents, window).
 HOPPER: dict[tuple[Pass, int], list[Config]] = {
     ("forward", 64): [
         Config(64, 128, 4, 2, True),
         Config(64, 64, 4, 3, True),
         Config(128, 64, 4, 3, True),
+        Config(64, 128, 4, 2, True, True),
     ],
     ("forward", 128): [
+        Config(64, 128, 4, 2, True, True),
+        Config(64, 64, 4, 3, True, True),
         Config(128, 64, 4, 2, True),
         Config(64, 64, 4, 3, True),
-        Config(128, 128, 8, 3, True),
-        Config(128, 64, 8, 3, True),
     ],
     ("forward", 256): [
         Config(128, 64, 8, 2, True),
@@ -97,12 +99,13 @@ HOPPER: dict[tuple[Pass, int], list[Config]] = {
     ("dq", 64): [
         Config(64, 64, 4, 2, True),
         Config(64, 64, 4, 2, True),
-        Config(64, 64, 4, 3, True),
+        Config(64, 128, 4, 2, True, True),
     ],
     ("dq", 128): [
+        Config(64, 64, 4, 3, True, True),
+        Config(64, 64, 4, 3, True, True),
+        Config(64, 128, 4, 2, True, True),
         Config(128, 64, 8, 3, True),
-        Config(64, 64, 4, 2, True),
-        Config(128, 128, 8, 2, True),
     ],
     ("dq", 256): [
         Config(128, 32, 8, 2, True),
@@ -110,15 +113,15 @@ HOPPER: dict[tuple[Pass, int], list[Config]] = {
         Config(64, 32, 4, 2, True),
     ],
     ("dkv", 64): [
+        Config(128, 64, 4, 2, True, True),
+        Config(128, 64, 4, 2, True, True),
+        Config(64, 64, 4, 3, True, True),
         Config(32, 64, 4, 3, True),
-        Config(32, 64, 4, 3, True),
-        Config(64, 64, 4, 2, True),
     ],
     ("dkv", 128): [
+        Config(64, 64, 4, 3, True, True),
+        Config(64, 64, 4, 3, True, True),
         Config(64, 64, 4, 2, True),
-        Config(64, 64, 4, 2, True),
-        Config(32, 64, 4, 3, True),
-        Config(64, 128, 8, 3, True),
     ],
     ("dkv", 256): [
         Config(32, 32, 8, 2, True),
@@ -155,14 +158,14 @@ def choose(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    streamed: tuple[Tensor, Tensor],
+    streamed: tuple[Tensor, ...],
     mask: AttentionMask,
     options: KernelOptions,
 ) -> Config:
     """The configuration of one launch: the user's for this GPU and shape if there is one, else the shipped.
 
-    ``streamed``: the two tensors that the pass reads block after block. Where the tensor memory accelerator
-    cannot read them, the launch is one for GPUs that have none.
+    ``streamed``: the tensors that the pass reads through the tensor memory accelerator. Where that cannot
+    read one of them, the launch is one for GPUs that have none.
     """
     shape = Shape.of(
         which,
@@ -178,8 +181,10 @@ def choose(
 
 
 def describable(x: Tensor) -> bool:
-    """Whether the tensor memory accelerator can read it: 16-byte base and strides."""
-    return x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:3])
+    """Whether the tensor memory accelerator can read it, and a contiguous tensor of its shape: 16-byte base,
+    strides and rows."""
+    sizes = *x.stride()[:3], x.shape[-1]
+    return x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in sizes)
 
 
 @lru_cache(maxsize=1024)
