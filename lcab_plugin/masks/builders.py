@@ -27,6 +27,7 @@ from lcab_plugin.masks.slices import AttentionMask
 Lengths = Sequence[int] | Ints | torch.Tensor
 
 _DRAWN_AT_ONCE = 1 << 24  # random numbers of block_sparse, 64 MB
+_MOST_BLOCKS = 1 << 14  # of block_sparse each way: a table of 256 MB, and seconds to draw it
 
 
 def full(n: int) -> AttentionMask:
@@ -141,7 +142,12 @@ def block_sparse(n: int, block: int, keep: float, seed: int = 0) -> AttentionMas
     """
     n, seed = size("n", n), size("seed", seed)
     block, keep = min(size("block", block, least=1), max(n, 1)), share("keep", keep)
-    row, first, last = _adjacent(_drawn(-(-n // block), keep, np.random.default_rng(seed)))
+    if (blocks := -(-n // block)) > _MOST_BLOCKS:
+        raise LcabError(
+            f"block_sparse draws each of {blocks} blocks of keys for each of queries, {_MOST_BLOCKS} at "
+            f"most; give blocks of {-(-n // _MOST_BLOCKS)} tokens or more, not {block}."
+        )
+    row, first, last = _adjacent(_drawn(blocks, keep, np.random.default_rng(seed)))
     order = np.lexsort((row, last, first))  # the same run in rows that follow one another is one slice
     row, first, last = row[order], first[order], last[order]
     breaks = (np.diff(row) != 1) | (np.diff(first) != 0) | (np.diff(last) != 0)

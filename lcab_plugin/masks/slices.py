@@ -23,6 +23,8 @@ from lcab_plugin.masks.checks import integers, size
 from lcab_plugin.masks.geometry import NO_HI, NO_LO, Ints
 from lcab_plugin.masks.intervals import row_intervals
 
+_AT_ONCE = 1 << 12  # slices whose parts are made at once
+
 
 class AttnSlice(NamedTuple):
     """Query i sees key j of [q_start, q_end) x [k_start, k_end) where lo <= j - i <= hi (None: no limit)."""
@@ -149,10 +151,12 @@ class AttentionMask:
         if not len(edges) or edges[-1] > self.q_len or (np.diff(edges) < 0).any():
             raise LcabError(f"boundaries must ascend and end by q_len = {self.q_len}, unlike {boundaries!r}.")
         start, stop = edges[:-1], edges[1:]
-        owner, chunk = geometry.touching(self.array, start, stop, axis=0)
-        parts = geometry.clip(self.array[owner], start[chunk], stop[chunk], axis=0)
         total = np.zeros(len(start), dtype=np.int64)
-        np.add.at(total, chunk, geometry.areas(parts))
+        for begin in range(0, len(self.array), _AT_ONCE):  # a slice of many chunks is as many parts
+            slices = self.array[begin : begin + _AT_ONCE]
+            owner, chunk = geometry.touching(slices, start, stop, axis=0)
+            parts = geometry.clip(slices[owner], start[chunk], stop[chunk], axis=0)
+            np.add.at(total, chunk, geometry.areas(parts))
         return total
 
     def local(self, q_ranges: Sequence[range], k_ranges: Sequence[range]) -> AttentionMask:

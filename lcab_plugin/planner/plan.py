@@ -20,6 +20,7 @@ from lcab_plugin.planner.shape import Cluster, Model
 from lcab_plugin.planner.speeds import Speed, assumed, table
 
 REFERENCES = ("naive", "sdpa_math")  # for tests: chosen only by name
+MOST_SLICES = 1 << 19  # 20 s of processor time at 350,000 and 96 ranks
 ALIKE = 1.01  # times the fastest: steps between which the model, whose own errors are larger, does not decide
 
 
@@ -210,8 +211,13 @@ def setting(mask: AttentionMask, model: Model, cluster: Cluster, hardware: Hardw
     """What all candidates share.
 
     Raises:
-        LcabError: the mask is not of one sequence.
+        LcabError: the mask is not of one sequence, or has more slices than can be planned in seconds.
     """
     if mask.q_len != mask.k_len:
         raise LcabError(f"training has as many queries as keys, the mask {mask.q_len} and {mask.k_len}.")
+    if len(mask.array) > MOST_SLICES:
+        raise LcabError(
+            f"the mask has {len(mask.array)} slices, and planning takes seconds up to {MOST_SLICES}; "
+            "block_sparse of larger blocks shows as large a share of the pairs."
+        )
     return Setting(mask, model, cluster, hardware)

@@ -101,6 +101,11 @@ def test_block_sparse_draws_by_its_seed_alike_for_all_blocks() -> None:
     assert (seen[~torch.eye(64, dtype=torch.bool)] - 15 / 63).abs().max() < 0.16
 
 
+def test_block_sparse_of_too_many_blocks_says_which_it_can_draw() -> None:
+    with pytest.raises(LcabError, match=r"131072 blocks of keys .* blocks of 1024 tokens or more, not 128"):
+        masks.block_sparse(1 << 24, 128, 0.1)
+
+
 def test_block_sparse_masks_of_many_blocks_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = masks.block_sparse(100, 3, 0.3, seed=1)
     monkeypatch.setattr(builders, "_DRAWN_AT_ONCE", 40)

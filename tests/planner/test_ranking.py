@@ -216,6 +216,12 @@ def test_steps_that_wait_for_the_host_are_told(
     assert all(word in (said or "") for word in words)
 
 
+def test_a_mask_that_would_take_minutes_is_refused() -> None:
+    mask = masks.block_sparse(1 << 19, 128, 0.1)
+    with pytest.raises(LcabError, match="slices, and planning takes seconds up to 524288"):
+        ranked(mask=mask)
+
+
 def test_a_kernel_is_not_chosen_for_hiding_the_parameters_by_being_slow() -> None:
     found = ranked(model=MODELS["llama3-8b"], mask=masks.prefix_lm_causal(4096, 1024))
     fastest = min(found, key=lambda p: p.seconds)
