@@ -101,6 +101,7 @@ def explain(codes: Sequence[int], logs: Path) -> tuple[str, str]:
         if _OOM.search(line):
             return "oom", line
     raised = [line for line in lines if _RAISED.match(line) and not _FAREWELL.search(line)]
-    node, code = next((n, c) for n, c in enumerate(codes) if c)
+    failed = [(n, c) for n, c in enumerate(codes) if c]  # of which some were ended because of the others
+    node, code = next((f for f in failed if f[1] != guard.ABANDONED), failed[0])
     said = (raised or lines or ["no output"])[-1]
     return "error", f"node {node}, exit status {code}: {said}; see {logs}"

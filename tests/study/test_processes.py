@@ -65,3 +65,12 @@ def test_a_log_tells_why_a_launch_failed(tmp_path: Path, log: str, status: str, 
     found = explain([7], tmp_path)
     assert found[0] == status
     assert reason in found[1]
+
+
+def test_the_node_that_failed_is_named_not_those_that_were_ended(tmp_path: Path) -> None:
+    (tmp_path / "node0.log").write_text("")
+    (tmp_path / "node1.log").write_text("ssh: Could not resolve hostname b")
+    status, reason = explain([guard.ABANDONED, 255], tmp_path)
+    assert status == "error"
+    assert reason.startswith("node 1, exit status 255: ssh: Could not resolve hostname b")
+    assert explain([guard.ABANDONED, guard.ABANDONED], tmp_path)[1].startswith("node 0, exit status 125")
