@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # Every kernel that runs on this GPU: conformance, sanitizer, tuned launches, speeds.
 #
-#   scripts/gpu/kernels.sh OUT [STEP ...]      steps: probe conformance sanitize tune goals grid (all if left out)
+#   scripts/gpu/kernels.sh OUT [STEP ...]
+#
+# Steps: probe conformance gpu_tests sanitize tune grid untuned autotuned block_sparse (all if left out).
 #
 # Records stream into the folder OUT as they come; a step that is run again goes on where its records end.
 # PYTHON names the interpreter (python3), with lcab_plugin and pytest importable from it.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-[[ $# -ge 1 ]] || { echo "usage: scripts/gpu/kernels.sh OUT [probe conformance sanitize tune goals grid]" >&2; exit 2; }
+[[ $# -ge 1 ]] || { echo "usage: scripts/gpu/kernels.sh OUT [STEP ...]" >&2; exit 2; }
 OUT="$1"; shift
 mkdir -p "$OUT"
 OUT="$(cd "$OUT" && pwd)"
@@ -32,23 +34,37 @@ probe() {
 # A few processes a kernel, all kernels at once: compilation is what takes long.
 conformance() {
     local name
-    for name in $(available); do
-        timeout "${CONFORMANCE_SECONDS:-400}" "$PYTHON" -m pytest -q -n 4 -p no:cacheprovider --tb=short -rf \
-            tests/kernels/test_conformance.py -k "$name and not sdpa_$name" --record-verified "$OUT/verified-$name.json" \
-            > "$OUT/conformance-$name.log" 2>&1 &
+    for name in ${KERNELS:-$(available)}; do
+        timeout "${CONFORMANCE_SECONDS:-400}" "$PYTHON" -m pytest -q -n "${WORKERS:-2}" -p no:cacheprovider --tb=short \
+            -rf tests/kernels/test_conformance.py -k "$name and not sdpa_$name" \
+            --record-verified "$OUT/verified-$name.json" > "$OUT/conformance-$name.log" 2>&1 &
     done
-    timeout 300 "$PYTHON" -m pytest -q -p no:cacheprovider --tb=short -rf tests/kernels/test_triton_cuda.py \
-        tests/bench/test_tune.py > "$OUT/triton.log" 2>&1 &
     wait
-    tail -n 1 "$OUT"/conformance-*.log "$OUT/triton.log"
+    tail -n 1 "$OUT"/conformance-*.log
 }
 
+# Captured graphs, compiled functions, specialised launches against portable ones, tuning.
+gpu_tests() {
+    timeout 300 "$PYTHON" -m pytest -q -n "${WORKERS:-2}" -p no:cacheprovider --tb=short -rf \
+        tests/kernels/test_triton_cuda.py tests/bench/test_tune.py > "$OUT/triton.log" 2>&1
+    tail -n 1 "$OUT/triton.log"
+}
+
+# Shapes that fill no block; every launch of a forward and a backward, specialised (16 bits) and portable (float32).
 sanitize() {
     local tool
     for tool in memcheck racecheck; do
-        timeout 200 compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m pytest -q -p no:cacheprovider \
-            tests/kernels/test_triton_cuda.py -k "grid or repeatable" > "$OUT/$tool.log" 2>&1
-        echo "$tool: exit status $?, $(grep "ERROR SUMMARY" "$OUT/$tool.log")"
+        timeout "${SANITIZE_SECONDS:-200}" compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -c '
+import torch, lcab_plugin as lcab
+from lcab_plugin import masks
+for dim, dtype in ((128, torch.bfloat16), (64, torch.float16), (64, torch.float32)):
+    shapes = ((1, 200, 4, dim), (1, 200, 2, dim), (1, 200, 2, dim))
+    q, k, v = (torch.randn(s, device="cuda", dtype=dtype, requires_grad=True) for s in shapes)
+    for mask in (masks.causal(200), masks.share_question([60, 70, 70]), masks.sliding_window(200, 9, 50)):
+        out = lcab.attention(q, k, v, mask, kernel="triton")
+        torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
+torch.cuda.synchronize()' > "$OUT/$tool.log" 2>&1
+        echo "$tool: exit status $?, $(grep "ERROR SUMMARY\|RACECHECK SUMMARY" "$OUT/$tool.log")"
     done
 }
 
@@ -56,20 +72,36 @@ tune() {
     lcab tune --seqlens 4096,16384,65536 --seconds 0.5 | tee "$OUT/tune.txt"
 }
 
-# Lengths that nothing was tuned on among them, and other documents.
-goals() {
-    local kernels=triton,sdpa_flash,cudnn,fa4,torch_flex_autotuned
-    lcab bench kernels --kernels "$kernels" --masks "$MASKS" --seqlens 8192,12345,16384,40000 \
-        --cell-seconds 0.3 --baseline torch_flex --out "$OUT/goals.jsonl" --resume
-    lcab bench kernels --kernels triton,torch_flex --masks causal_document,share_question,block_causal_document \
-        --seqlens 16384 --seed 1 --cell-seconds 0.3 --baseline torch_flex --out "$OUT/goals-seed1.jsonl" --resume
-}
-
+# The paper's setting, then backwards whose single call takes a second.
 grid() {
-    lcab bench kernels --masks "$MASKS" --cell-seconds "${CELL_SECONDS:-0.4}" --out "$OUT/grid.jsonl" --resume
+    local kernels="${KERNELS:-triton,sdpa_flash,cudnn,fa4}"
+    lcab bench kernels --kernels "$kernels" --masks "$MASKS" --cell-seconds "${CELL_SECONDS:-0.25}" \
+        --baseline torch_flex --out "$OUT/grid.jsonl" --resume
+    lcab bench kernels --kernels "$kernels" --masks causal,full,prefix_lm_causal --seqlens 65536 --passes bwd \
+        --cell-seconds 2 --baseline torch_flex --out "$OUT/grid-64k.jsonl" --resume
 }
 
-for step in "${@:-probe conformance sanitize tune goals grid}"; do
+# Lengths that nothing was tuned on, and other documents.
+untuned() {
+    lcab bench kernels --kernels "${KERNELS:-triton,sdpa_flash,cudnn,fa4}" --seqlens 12345,40000 --seed 1 \
+        --masks causal,full,causal_document,sliding_window_causal,share_question --cell-seconds 0.25 \
+        --baseline torch_flex --out "$OUT/untuned.jsonl" --resume
+}
+
+# FlexAttention at its best: block sizes measured for each mask, tensor descriptors. A minute of compiling a row.
+autotuned() {
+    lcab bench kernels --kernels triton,torch_flex_autotuned --masks "${AUTOTUNED:-causal,causal_document}" \
+        --seqlens 16384 --cell-seconds 0.3 --baseline torch_flex --out "$OUT/autotuned.jsonl" --resume
+}
+
+# Block-sparse masks, in blocks of 64 and 128 tokens.
+block_sparse() {
+    lcab bench kernels --kernels triton --masks block_sparse --blocks 64,128 --keeps 0.1,0.5 --seqlens 16384,49152 \
+        --cell-seconds 0.25 --baseline torch_flex --out "$OUT/block_sparse.jsonl" --resume
+}
+
+STEPS="probe conformance gpu_tests sanitize tune grid untuned autotuned block_sparse"
+for step in "${@:-$STEPS}"; do
     for one in $step; do
         declare -F "$one" > /dev/null || { echo "no step is called $one" >&2; exit 2; }
         echo "== $one"
