@@ -49,7 +49,8 @@ AXES = {
 }
 # for tensors larger than the product's
 BESIDES = {
-    "flex": {"FlexAttention indexes with 32 bits, and a tensor of this call spans 2^31 elements or more"}
+    "flex": {"FlexAttention indexes with 32 bits, and a tensor of this call spans 2^31 elements or more"},
+    "cudnn": {"cuDNN's backward indexes with 32 bits, and a tensor of this call has 2^31 elements or more"},
 }
 H100 = SimpleNamespace(
     name="NVIDIA H100 80GB HBM3",

@@ -28,6 +28,8 @@ def refused(
     hopper = not q.is_cuda or torch.cuda.get_device_capability(q.device) == (9, 0)
     if max(d, dv) > 128 and not hopper and (d, dv) != (192, 128):
         return f"head_dim {max(d, dv)} needs a Hopper GPU (compute capability 9.0)"
+    if needs_backward and q.shape[:-1].numel() * max(d, dv) >= 2**31:  # seen wrong, without an error
+        return "cuDNN's backward indexes with 32 bits, and a tensor of this call has 2^31 elements or more"
     if reason := too_deep(mask):
         return reason
     return None if q.is_cuda else f"it takes CUDA tensors, not {q.device.type}"

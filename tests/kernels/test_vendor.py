@@ -15,7 +15,7 @@ from kernels.agreement import disagreement, merged_disagreement
 from torch import Tensor
 
 from lcab_plugin import masks
-from lcab_plugin.kernels import KernelOptions, get
+from lcab_plugin.kernels import KernelOptions, cudnn_limits, get
 
 MASKS = families()
 TE, FRONTEND = "transformer-engine", "nvidia-cudnn-frontend"
@@ -387,3 +387,13 @@ def test_bindings_are_read_from_their_source():
     record = bindings.described(torch_library, "fwd")
     assert (record["args"], record["defaults"], record["returns"]) == (["q", "out"], 1, 2)
     assert record["schema"] == "fwd(Tensor q, Tensor(out!)? out=None) -> (Tensor(out!), Tensor)"
+
+
+def test_cudnn_refuses_gradients_past_2_to_the_31_elements():
+    """Measured on an H200: they are wrong there, without an error; the forward is right."""
+    n, mask = 2**17, masks.causal(2**17)
+    q = torch.empty(1, n, 128, 128, dtype=torch.bfloat16, device="meta")
+    for heads, backward, refused in ((128, True, True), (128, False, False), (127, True, False)):
+        x = q[:, :, :heads]
+        reason = cudnn_limits.refused(x, x, mask, KernelOptions(1.0), backward)
+        assert ("2^31" in str(reason)) is refused
