@@ -7,9 +7,9 @@ and ``test/python/sdpa/fp16.py`` (the 1.32.0 wheel keeps it); the bounds of a ba
 v2.18, ``fused_attn_f16_arbitrary_seqlen.cu``.
 
 A band is aligned to the top left where all segments are square, so that its limits are constants of the
-graph (right bound 0 is then the frontend's ``use_causal_mask``). To the bottom right they are read from each
-segment's lengths, and the backward computes the whole rectangle: cuDNN 9.19 on an H100, causal 255 TFLOP/s
-over the visible area where full reaches 511.
+graph (right bound 0 is then the frontend's ``use_causal_mask``): cuDNN 9.19 on an H200, 16K tokens, backward
+of causal 524 TFLOP/s over the visible area, of a causal window 365. Of a window on both sides, or aligned to
+the bottom right by each segment's lengths, the backward computes the whole rectangle: 61.
 """
 
 from __future__ import annotations

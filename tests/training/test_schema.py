@@ -133,8 +133,7 @@ def test_fields_that_this_version_does_not_know_are_no_error():
 
 def test_every_recorded_field_of_the_repository_is_read(tmp_path):
     for path in (ROOT / "docs" / "results").rglob("*.jsonl"):
-        if path.name != "configurations.jsonl":  # what `lcab tune` tried: no records of a benchmark
-            assert sources.valid(path).what in ("kernels", "cp", "peers", "training"), path
+        assert sources.valid(path).what in ("kernels", "cp", "peers", "training"), path
 
 
 def test_the_page_about_records_names_every_field_of_a_cell():

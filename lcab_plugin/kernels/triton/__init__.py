@@ -2,7 +2,8 @@
 
 EMPTY blocks are never touched, FULL blocks run without mask arithmetic, PARTIAL blocks compare against the
 visible intervals of their rows, so work is proportional to the mask's area. GQA reads each key/value head
-once per group member without repeating it in memory. After FlashAttention 2 (arXiv 2307.08691).
+once per group member without repeating it in memory. After FlashAttention 2 (arXiv 2307.08691); on Hopper
+GPUs, for 16-bit types and head_dim up to 128, warp-specialised after FlashAttention 3 (arXiv 2407.08608).
 """
 
 from __future__ import annotations
