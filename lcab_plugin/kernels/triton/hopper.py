@@ -105,7 +105,11 @@ def turns(items):
 
 @gluon.jit
 def locate(item, lines, units, heads, SIDE: gl.constexpr, META: gl.constexpr):
-    """An item's line of the table, batch, head and first own row, of one of the two groups."""
+    """An item's line of the table, batch, head and first own row, of one of the two groups.
+
+    Looked up when an item's turn comes, not a turn ahead: where a loop carries loaded values on, Triton 3.6
+    takes those of the first turn for all (its pass ``TritonLoopAwareCSE``).
+    """
     line, unit = lines + (item // units) * 5, item % units
     block = gl.load(line)
     if META.value.paired:

@@ -44,7 +44,7 @@ def product(a, x, j, full, META: gl.constexpr):
 
 
 @gluon.jit
-def weights(s, lse, first, held, own_rows, tables, sizes, MASKED: gl.constexpr, META: gl.constexpr):
+def weights(s, lse, first, own_rows, held, tables, sizes, MASKED: gl.constexpr, META: gl.constexpr):
     """Softmax weights from scores and the lse of every row (broadcast), and what a soft cap's slope needs."""
     _, _, starts, stops = tables
     count, intervals, scale_log2, cap_log2, _ = sizes
@@ -61,23 +61,10 @@ def weights(s, lse, first, held, own_rows, tables, sizes, MASKED: gl.constexpr, 
 
 
 @gluon.jit
-def dq_step(
-    q,
-    dout,
-    dq,
-    j,
-    first,
-    lse,
-    delta,
-    held,
-    rows,
-    streamed,
-    tables,
-    sizes,
-    MASKED: gl.constexpr,
-    META: gl.constexpr,
-):
+def dq_step(dq, j, first, own, around, MASKED: gl.constexpr, META: gl.constexpr):
     """Add what block ``j`` of the keys gives."""
+    q, dout, lse, delta, rows, held = own
+    streamed, tables, sizes = around
     _, _, k_buffer, v_buffer, k_full, k_empty, v_full, v_empty = streamed
     stage = j % META.value.stages
     k = k_buffer.index(stage).reshape([META.value.block, META.value.dim])
@@ -85,7 +72,7 @@ def dq_step(
     s = product(q, k, j, k_full, META)
     dp = product(dout, v, j, v_full, META)
     s = warpgroup_mma_wait(1, deps=[s])
-    p, t = weights(s, lse[:, None], first, held, rows, tables, sizes, MASKED, META)
+    p, t = weights(s, lse[:, None], first, rows, held, tables, sizes, MASKED, META)
     dp = warpgroup_mma_wait(0, deps=[dp])
     mbarrier.arrive(v_empty.index(stage), count=1)
     ds = p * (dp - delta[:, None])
@@ -99,10 +86,11 @@ def dq_step(
 
 
 @gluon.jit
-def compute_dq(own, streamed, DQ, sums, tables, counts, sizes, SIDE: gl.constexpr, META: gl.constexpr):
+def compute_dq(queries, around, DQ, sums, counts, SIDE: gl.constexpr, META: gl.constexpr):
     """A group of four warps: dq of its own rows of every item."""
-    _, own_buffers, own_full, own_empty = own
-    q_buffer, do_buffer = own_buffers
+    _, buffers, own_full, own_empty = queries
+    q_buffer, do_buffer = buffers
+    _, tables, sizes = around
     LSE, DELTA, sum_stride = sums
     lines, runs, starts, stops = tables
     units, heads, _, items = counts
@@ -119,17 +107,16 @@ def compute_dq(own, streamed, DQ, sums, tables, counts, sizes, SIDE: gl.constexp
         dq = gl.full([OWN, META.value.dim], 0.0, gl.float32, META.value.product(META.value.dim))
         q = q_buffer.index(SIDE).reshape([OWN, META.value.dim])
         dout = do_buffer.index(SIDE).reshape([OWN, META.value.value_dim])
+        own = (q, dout, lse, delta, rows, held)
         mbarrier.wait(own_full.index(SIDE), n & 1)
         for _full in range(gl.load(line + 4)):
-            dq = dq_step(q, dout, dq, j, 0, lse, delta, held, rows, streamed, tables, sizes, False, META)
+            dq = dq_step(dq, j, 0, own, around, False, META)
             j += 1
         for r in range(gl.load(line + 2), gl.load(line + 3)):
             begin = gl.load(runs + 2 * r)
             for block in range(begin, begin + gl.load(runs + 2 * r + 1)):
                 first = block * META.value.block
-                dq = dq_step(
-                    q, dout, dq, j, first, lse, delta, held, rows, streamed, tables, sizes, True, META
-                )
+                dq = dq_step(dq, j, first, own, around, True, META)
                 j += 1
         q.store((dq * scale).to(DQ.dtype))  # where the queries were: every product has read them
         fence_async_shared()
@@ -172,7 +159,7 @@ def dq_kernel(
     VALUE_DIM: gl.constexpr = META.value.value_dim
     q_buffer = gl.allocate_shared_memory(Q.dtype, [2, 1, OWN, 1, DIM], Q.layout)
     do_buffer = gl.allocate_shared_memory(DOUT.dtype, [2, 1, OWN, 1, VALUE_DIM], DOUT.layout)
-    own = ((Q, DOUT), (q_buffer, do_buffer), make_barriers(2, 2), make_barriers(2, 1))
+    queries = ((Q, DOUT), (q_buffer, do_buffer), make_barriers(2, 2), make_barriers(2, 1))
     k_buffer = gl.allocate_shared_memory(K.dtype, [STAGES, 1, BLOCK, 1, DIM], K.layout)
     v_buffer = gl.allocate_shared_memory(V.dtype, [STAGES, 1, BLOCK, 1, VALUE_DIM], V.layout)
     k_full, k_empty = make_barriers(STAGES, 1), make_barriers(STAGES, 2)
@@ -182,12 +169,12 @@ def dq_kernel(
     sums = (LSE, DELTA, sum_stride)
     tables = (lines, runs, starts, stops)
     counts = (units, heads, group, items)
-    sizes = (tq, intervals, scale_log2, cap_log2, scale)
+    around = (streamed, tables, (tq, intervals, scale_log2, cap_log2, scale))
     gl.warp_specialize(
         [
-            (compute_dq, (own, streamed, DQ, sums, tables, counts, sizes, 0, META)),
-            (compute_dq, (own, streamed, DQ, sums, tables, counts, sizes, 1, META)),
-            (load_keys, (own, streamed, tables, counts, META)),
+            (compute_dq, (queries, around, DQ, sums, counts, 0, META)),
+            (compute_dq, (queries, around, DQ, sums, counts, 1, META)),
+            (load_keys, (queries, streamed, tables, counts, META)),
         ],
         WORKERS,
         REGISTERS,
@@ -195,10 +182,10 @@ def dq_kernel(
 
 
 @gluon.jit
-def load_rows(own, streamed, tables, counts, META: gl.constexpr):
+def load_rows(keys, streamed, tables, counts, META: gl.constexpr):
     """The warp that loads for dk and dv: every item's keys and values, then the rows of every query head of
     theirs in the order of use, with their lse and delta."""
-    own_sources, own_buffers, own_full, own_empty = own
+    own_sources, own_buffers, own_full, own_empty = keys
     sources, buffers, q_full, q_empty, do_full, do_empty = streamed
     q_source, do_source, lse_source, delta_source = sources
     q_buffer, do_buffer, lse_buffer, delta_buffer = buffers
@@ -235,10 +222,10 @@ def load_rows(own, streamed, tables, counts, META: gl.constexpr):
 
 
 @gluon.jit
-def dkv_step(
-    k, v, dk, dv, j, first, held, keys, streamed, tables, sizes, MASKED: gl.constexpr, META: gl.constexpr
-):
+def dkv_step(dk, dv, j, first, own, around, MASKED: gl.constexpr, META: gl.constexpr):
     """Add what block ``j`` of the rows gives."""
+    k, v, keys, held = own
+    streamed, tables, sizes = around
     _, buffers, q_full, q_empty, do_full, do_empty = streamed
     q_buffer, do_buffer, lse_buffer, delta_buffer = buffers
     EACH_ROW: gl.constexpr = gl.SliceLayout(0, META.value.scores)
@@ -249,7 +236,7 @@ def dkv_step(
     dp = product(v, dout, j, do_full, META)
     s = warpgroup_mma_wait(1, deps=[s])
     lse = lse_buffer.index(stage).reshape([META.value.block]).load(EACH_ROW)
-    p, t = weights(s, lse[None, :], first, held, keys, tables, sizes, MASKED, META)
+    p, t = weights(s, lse[None, :], first, keys, held, tables, sizes, MASKED, META)
     factor = gl.convert_layout(p.to(q.dtype), META.value.factor(META.value.value_dim))
     dv = warpgroup_mma(factor, dout, dv, is_async=True)
     dp = warpgroup_mma_wait(1, deps=[dp])
@@ -267,10 +254,11 @@ def dkv_step(
 
 
 @gluon.jit
-def compute_dkv(own, streamed, results, tables, counts, sizes, SIDE: gl.constexpr, META: gl.constexpr):
+def compute_dkv(keys_of_items, around, results, counts, SIDE: gl.constexpr, META: gl.constexpr):
     """A group of four warps: dk and dv of its own keys of every item."""
-    _, own_buffers, own_full, own_empty = own
-    k_buffer, v_buffer = own_buffers
+    _, buffers, own_full, own_empty = keys_of_items
+    k_buffer, v_buffer = buffers
+    _, tables, sizes = around
     DK, DV = results
     lines, runs, starts, stops = tables
     units, kv_heads, group, items = counts
@@ -287,17 +275,18 @@ def compute_dkv(own, streamed, results, tables, counts, sizes, SIDE: gl.constexp
         dv = gl.full([OWN, VALUE_DIM], 0.0, gl.float32, META.value.product(VALUE_DIM))
         k = k_buffer.index(SIDE).reshape([OWN, DIM])
         v = v_buffer.index(SIDE).reshape([OWN, VALUE_DIM])
+        own = (k, v, keys, held)
         full, partial, end = gl.load(line + 4), gl.load(line + 2), gl.load(line + 3)
         mbarrier.wait(own_full.index(SIDE), n & 1)
         for _member in range(group):
             for _full in range(full):
-                dk, dv = dkv_step(k, v, dk, dv, j, 0, held, keys, streamed, tables, sizes, False, META)
+                dk, dv = dkv_step(dk, dv, j, 0, own, around, False, META)
                 j += 1
             for r in range(partial, end):
                 begin = gl.load(runs + 2 * r)
                 for block in range(begin, begin + gl.load(runs + 2 * r + 1)):
                     first = block * META.value.block
-                    dk, dv = dkv_step(k, v, dk, dv, j, first, held, keys, streamed, tables, sizes, True, META)
+                    dk, dv = dkv_step(dk, dv, j, first, own, around, True, META)
                     j += 1
         k.store((dk * scale).to(DK.dtype))  # where the keys were: every product has read them
         v.store(dv.to(DV.dtype))
@@ -344,7 +333,7 @@ def dkv_kernel(
     VALUE_DIM: gl.constexpr = META.value.value_dim
     k_buffer = gl.allocate_shared_memory(K.dtype, [2, 1, OWN, 1, DIM], K.layout)
     v_buffer = gl.allocate_shared_memory(V.dtype, [2, 1, OWN, 1, VALUE_DIM], V.layout)
-    own = ((K, V), (k_buffer, v_buffer), make_barriers(2, 2), make_barriers(2, 1))
+    keys = ((K, V), (k_buffer, v_buffer), make_barriers(2, 2), make_barriers(2, 1))
     buffers = (
         gl.allocate_shared_memory(Q.dtype, [STAGES, 1, BLOCK, 1, DIM], Q.layout),
         gl.allocate_shared_memory(DOUT.dtype, [STAGES, 1, BLOCK, 1, VALUE_DIM], DOUT.layout),
@@ -357,12 +346,12 @@ def dkv_kernel(
     fence_async_shared()
     tables = (lines, runs, starts, stops)
     counts = (units, heads // group, group, items)
-    sizes = (tk, intervals, scale_log2, cap_log2, scale)
+    around = (streamed, tables, (tk, intervals, scale_log2, cap_log2, scale))
     gl.warp_specialize(
         [
-            (compute_dkv, (own, streamed, (DK, DV), tables, counts, sizes, 0, META)),
-            (compute_dkv, (own, streamed, (DK, DV), tables, counts, sizes, 1, META)),
-            (load_rows, (own, streamed, tables, counts, META)),
+            (compute_dkv, (keys, around, (DK, DV), counts, 0, META)),
+            (compute_dkv, (keys, around, (DK, DV), counts, 1, META)),
+            (load_rows, (keys, streamed, tables, counts, META)),
         ],
         WORKERS,
         REGISTERS,

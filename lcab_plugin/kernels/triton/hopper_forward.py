@@ -55,8 +55,9 @@ def start_output(p, acc, j, streamed, META: gl.constexpr):
 
 
 @gluon.jit
-def softmax(s, m, total, first, held, rows, tables, sizes, MASKED: gl.constexpr, META: gl.constexpr):
+def softmax(s, m, total, first, own, tables, sizes, MASKED: gl.constexpr, META: gl.constexpr):
     """Weights of one block of scores, the running maximum and sum, and what to scale earlier results by."""
+    _, rows, held = own
     _, _, starts, stops = tables
     tq, intervals, scale_log2, cap_log2 = sizes
     if META.value.softcap or MASKED:
@@ -81,31 +82,18 @@ def softmax(s, m, total, first, held, rows, tables, sizes, MASKED: gl.constexpr,
 
 @gluon.jit
 def step(
-    q,
-    p,
-    acc,
-    m,
-    total,
-    j,
-    first,
-    held,
-    rows,
-    streamed,
-    turn,
-    tables,
-    sizes,
-    SIDE: gl.constexpr,
-    MASKED: gl.constexpr,
-    META: gl.constexpr,
+    p, acc, m, total, j, first, own, around, SIDE: gl.constexpr, MASKED: gl.constexpr, META: gl.constexpr
 ):
     """Scores and weights of block ``j``, and beside them the values of the block before."""
+    q, _, _ = own
+    streamed, turn, tables, sizes = around
     _, _, _, _, _, k_empty, _, v_empty = streamed
     s = start_scores(q, j, streamed, turn, SIDE, META)
     acc = start_output(p, acc, j - 1, streamed, META)
     mbarrier.arrive(turn.index(1 - SIDE), count=1)
     s = warpgroup_mma_wait(1, deps=[s])
     mbarrier.arrive(k_empty.index(j % META.value.stages), count=1)
-    new, m, total, alpha = softmax(s, m, total, first, held, rows, tables, sizes, MASKED, META)
+    new, m, total, alpha = softmax(s, m, total, first, own, tables, sizes, MASKED, META)
     acc, p = warpgroup_mma_wait(0, deps=[acc, p])
     mbarrier.arrive(v_empty.index((j - 1) % META.value.stages), count=1)
     acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
@@ -126,9 +114,10 @@ def finish(acc, m, total, where, rows, LSE, tq, target, buffer):
 
 
 @gluon.jit
-def compute(own, streamed, results, turn, tables, counts, sizes, SIDE: gl.constexpr, META: gl.constexpr):
+def compute(queries, around, results, counts, SIDE: gl.constexpr, META: gl.constexpr):
     """A group of four warps: the output of its own rows of every item."""
-    own_sources, own_buffers, q_full, q_empty = own
+    q_sources, q_buffers, q_full, q_empty = queries
+    streamed, turn, tables, sizes = around
     _, _, _, _, _, k_empty, _, v_empty = streamed
     out_target, out_buffer, LSE = results
     lines, runs, starts, stops = tables
@@ -146,47 +135,28 @@ def compute(own, streamed, results, turn, tables, counts, sizes, SIDE: gl.conste
         acc = gl.full([OWN, META.value.value_dim], 0.0, gl.float32, OUTPUT)
         m = gl.full([OWN], float("-inf"), gl.float32, EACH_ROW)
         total = gl.full([OWN], 0.0, gl.float32, EACH_ROW)
-        q = own_buffers[0].index(SIDE).reshape([OWN, META.value.dim])
+        q = q_buffers[0].index(SIDE).reshape([OWN, META.value.dim])
         mbarrier.wait(q_full.index(SIDE), n & 1)
         if begin < end:
             # The first block, with nothing before it; masked, since it may be of either kind.
-            held = keep_intervals(starts, stops, rows, tq, META.value.kept, True)
+            own = (q, rows, keep_intervals(starts, stops, rows, tq, META.value.kept, True))
             s = start_scores(q, j, streamed, turn, SIDE, META)
             mbarrier.arrive(turn.index(1 - SIDE), count=1)
             s = warpgroup_mma_wait(0, deps=[s])
             mbarrier.arrive(k_empty.index(j % META.value.stages), count=1)
             first = gl.load(runs + 2 * begin) * META.value.block
-            p, m, total, _alpha = softmax(s, m, total, first, held, rows, tables, sizes, True, META)
-            p = gl.convert_layout(p.to(own_sources[0].dtype), WEIGHTS)
+            p, m, total, _alpha = softmax(s, m, total, first, own, tables, sizes, True, META)
+            p = gl.convert_layout(p.to(q_sources[0].dtype), WEIGHTS)
             for _full in range(1, gl.load(line + 4)):
                 j += 1
-                p, acc, m, total = step(
-                    q, p, acc, m, total, j, 0, held, rows, streamed, turn, tables, sizes, SIDE, False, META
-                )
+                p, acc, m, total = step(p, acc, m, total, j, 0, own, around, SIDE, False, META)
             for r in range(partial, end):
                 first_block = gl.load(runs + 2 * r)
                 stop = first_block + gl.load(runs + 2 * r + 1)
                 for block in range(first_block + (r == begin).to(gl.int32), stop):
                     j += 1
                     first = block * META.value.block
-                    p, acc, m, total = step(
-                        q,
-                        p,
-                        acc,
-                        m,
-                        total,
-                        j,
-                        first,
-                        held,
-                        rows,
-                        streamed,
-                        turn,
-                        tables,
-                        sizes,
-                        SIDE,
-                        True,
-                        META,
-                    )
+                    p, acc, m, total = step(p, acc, m, total, j, first, own, around, SIDE, True, META)
             acc = start_output(p, acc, j, streamed, META)
             acc, p = warpgroup_mma_wait(0, deps=[acc, p])
             mbarrier.arrive(v_empty.index(j % META.value.stages), count=1)
@@ -230,7 +200,7 @@ def forward_kernel(
     DIM: gl.constexpr = META.value.dim
     VALUE_DIM: gl.constexpr = META.value.value_dim
     q_buffer = gl.allocate_shared_memory(Q.dtype, [2, 1, OWN, 1, DIM], Q.layout)
-    own = ((Q,), (q_buffer,), make_barriers(2, 1), make_barriers(2, 1))
+    queries = ((Q,), (q_buffer,), make_barriers(2, 1), make_barriers(2, 1))
     k_buffer = gl.allocate_shared_memory(K.dtype, [STAGES, 1, BLOCK, 1, DIM], K.layout)
     v_buffer = gl.allocate_shared_memory(V.dtype, [STAGES, 1, BLOCK, 1, VALUE_DIM], V.layout)
     k_full, k_empty = make_barriers(STAGES, 1), make_barriers(STAGES, 2)
@@ -241,12 +211,12 @@ def forward_kernel(
     fence_async_shared()
     tables = (lines, runs, starts, stops)
     counts = (units, heads, group, items)
-    sizes = (tq, intervals, scale_log2, cap_log2)
+    around = (streamed, turn, tables, (tq, intervals, scale_log2, cap_log2))
     gl.warp_specialize(
         [
-            (compute, (own, streamed, results, turn, tables, counts, sizes, 0, META)),
-            (compute, (own, streamed, results, turn, tables, counts, sizes, 1, META)),
-            (load_keys, (own, streamed, tables, counts, META)),
+            (compute, (queries, around, results, counts, 0, META)),
+            (compute, (queries, around, results, counts, 1, META)),
+            (load_keys, (queries, streamed, tables, counts, META)),
         ],
         WORKERS,
         REGISTERS,
