@@ -67,9 +67,9 @@ def plan(
     """Rank kernels x strategies x degrees x placements x layouts by predicted step time, and what fits.
 
     Those within 1% of the fastest come in the order of what attention takes of them.
-    Areas, bytes and memory follow from the mask and the shapes; speeds are those measured on an H100 (scaled
-    to other GPUs), data sheets' for links, or fitted by --calibrate, which prints the error of its
-    predictions on records held back. docs/planner.md has the formulas and where each number is from.
+    Areas, bytes and memory follow from the mask and the shapes; speeds are those measured on an H200 or an
+    H100 (scaled to other GPUs), data sheets' for links, or fitted by --calibrate, which prints the error of
+    its predictions on records held back. docs/planner.md has the formulas and where each number is from.
 
     lcab plan --mask causal_document --seqlen 1048576 --nodes 12 --model llama3-8b
     """

@@ -90,17 +90,19 @@ def assumed(hardware: Hardware, dtype: str) -> Speed:
 
 def table(hardware: Hardware, dtype: str, fitted: dict[str, Speed] | None = None) -> dict[str, Speed]:
     """The speed of every kernel somebody measured: those ``fitted`` to records of this hardware, else what
-    ships here, scaled from the H100 by peak and memory bandwidth."""
-    from lcab_plugin.planner.measured import H100  # made of Speeds
+    ships here, of this hardware or scaled from another GPU by peak and memory bandwidth."""
+    from lcab_plugin.planner.measured import MEASURED  # made of Speeds
 
     made: dict[str, Speed] = {}
     if hardware.device == "cuda" and ITEMSIZE[dtype] == 2:
-        base = HARDWARE["H100"]
-        compute, stream = hardware.peak / base.peak, hardware.stream / base.stream
-        same = compute == stream == 1
-        for name, speed in H100.items():
-            origin = "measured on H100" if same else f"H100's scaled to {hardware.name}"
-            made[name] = speed.scaled(compute, stream, origin)
+        for gpu, speeds in MEASURED.items():
+            base = HARDWARE[gpu]
+            compute, stream = hardware.peak / base.peak, hardware.stream / base.stream
+            if compute == stream == 1:
+                made |= speeds
+                continue
+            for name, speed in speeds.items():
+                made.setdefault(name, speed.scaled(compute, stream, f"{gpu}'s scaled to {hardware.name}"))
     return made | (fitted or {})
 
 

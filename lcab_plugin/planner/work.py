@@ -46,13 +46,11 @@ def work(kernel: str, mask: AttentionMask, head_dim: int, device: str) -> Work:
         return Work()
     calls = _explained(kernel, mask, head_dim, device)
     by_segments = any(call.what.startswith("varlen") for call in calls)
-    inside = _rectangles(mask) if by_segments else 0
-    computed = sum(call.computed for call in calls)
     return Work(
         calls=len(calls),
         area=mask.area,
-        computed=computed,
-        outside=max(0, inside - computed),
+        computed=sum(call.computed for call in calls),
+        outside=_outside(kernel, mask, calls) if by_segments else 0,
         rows=mask.q_len,
         keys=mask.k_len,
         moved=sum(call.copied + 5 * call.merged for call in calls),
@@ -67,13 +65,16 @@ def _explained(kernel: str, mask: AttentionMask, head_dim: int, device: str) -> 
     return kernels.get(kernel).explain(mask, head_dim)
 
 
-def _rectangles(mask: AttentionMask) -> int:
-    """Cells of all segments, whatever their windows."""
+def _outside(kernel: str, mask: AttentionMask, calls: list[NativeCall]) -> int:
+    """Cells of segments that ``calls``, one for each of the lowering's, leave out; but for cuDNN's causal
+    bands in squares. Their limits are constants of its graph, and it skips what they hide, while the backward
+    of other bands computes the rectangle (kernels/cudnn.py): one cost cannot be both."""
     total = 0
-    for call in varlen_calls(mask):
-        q0, q1, k0, k1 = call.segments.T
-        total += int(((q1 - q0) * (k1 - k0)).sum())
-    return total
+    for call, native in zip(varlen_calls(mask), calls, strict=True):
+        rows, keys = (call.segments[:, 1::2] - call.segments[:, ::2]).T
+        skipped = kernel == "cudnn" and call.right == 0 and (rows == keys).all()
+        total += 0 if skipped else int((rows * keys).sum()) - native.computed
+    return max(0, total)
 
 
 @lru_cache(maxsize=1024)

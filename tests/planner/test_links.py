@@ -16,7 +16,7 @@ from lcab_plugin.cli import main
 from lcab_plugin.planner import HARDWARE, Hardware, Model, calibrate, predict, split, traffic
 from lcab_plugin.planner.calibrate import Calibration
 from lcab_plugin.planner.hardware import Link
-from lcab_plugin.planner.measured import H100 as SPEEDS
+from lcab_plugin.planner.measured import MEASURED
 from lcab_plugin.training import schema
 
 H100 = HARDWARE["H100"]
@@ -34,7 +34,7 @@ def cell(strategy: str, world: int, nodes: int, seqlen: int, step: str, hardware
         layout.make("zigzag", world, seqlen, mask), mask, degrees.get("ulysses", 1), "head_first"
     )
     axes = traffic.spans(degrees, "head_first", world // nodes)
-    plan = predict.Plan(strategy, tuple(axes.items()), "triton", SPEEDS["triton"], block)
+    plan = predict.Plan(strategy, tuple(axes.items()), "triton", MEASURED["H200"]["triton"], block)
     setting = planner.setting(mask, model, planner.Cluster(nodes, world // nodes), hardware)
     call = predict.call(plan, setting, step)
     where = {"hardware": "NVIDIA H100 80GB HBM3", "torch": "2.11", "backend": "nccl"}
