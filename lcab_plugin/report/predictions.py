@@ -81,9 +81,9 @@ def section(cells: dict[str, list[Record]], runs: Iterable[Source]) -> Section |
         made.blocks.append(
             Text(
                 "What lcab plan predicts by the speeds that ship with it, beside what was measured; the "
-                "error is relative to the measurement. Speeds of an H100 were fitted to "
-                "docs/results/2026-11-23-h100: of those records this is no test. Where a record does not say "
-                f"how many nodes there were, they are taken to have {GPUS} devices."
+                "error is relative to the measurement. Speeds were fitted to docs/results/2026-11-28-h200, "
+                "those of fa4 to 2026-11-23-h100: of these records this is no test. Where a record does not "
+                f"say how many nodes there were, they are taken to have {GPUS} devices."
             )
         )
     if left:
