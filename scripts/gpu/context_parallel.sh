@@ -20,7 +20,10 @@ GPUS="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
 WORLD="${WORLD:-$((GPUS > 1 ? GPUS : 2))}"
 CELL_SECONDS="${CELL_SECONDS:-2}"
 if ((GPUS)); then
-    ((GPUS >= WORLD && WORLD >= 2)) || { echo "$WORLD processes need as many GPUs, 2 or more; there are $GPUS" >&2; exit 2; }
+    ((GPUS >= WORLD && WORLD >= 2)) || {
+        echo "context parallelism needs 2 GPUs or more, one for each of $WORLD processes; this machine has $GPUS" >&2
+        exit 2
+    }
     KERNEL="${KERNEL:-triton}" SHAPE=(--heads 64:8 --head-dim 128 --dtype bf16)
     read -ra PER_GPU <<< "${TOKENS_PER_GPU:-8192 32768}"
 else

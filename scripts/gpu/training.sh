@@ -2,15 +2,17 @@
 # GPT training on the GPUs of one machine through DeepSpeed and Megatron: step time, memory, parity of losses,
 # longest sequence.
 #
-#   scripts/gpu/training.sh OUT [STEP ...]     steps: probe smoke parity speed longest (these if left out)
-#                                              and launchers: the examples as their users start them
+#   scripts/gpu/training.sh OUT [STEP ...]     steps: probe smoke parity speed longest (these if left out;
+#                                              on one GPU probe speed parity longest) and launchers: the
+#                                              examples as their users start them
 #
 # Records stream into OUT/<run>/metrics.jsonl as they come, or failed.txt with the reason; after every step
 # ARCHIVE (OUT/training.tgz) holds all of them, at the end with the tables. A step that is run again goes on
 # where its records end. Each is given SMOKE_, PARITY_, SPEED_ or LONGEST_SECONDS, and all together end within
 # ALL_SECONDS (525). PYTHON names the interpreter (python3), with lcab_plugin, deepspeed and megatron importable
 # from it; WORLD the number of GPUs; KERNELS those to train with, ours first; ONLY a regular expression that
-# the names of runs must match. ALLOC is PyTorch's allocator configuration for the longest sequences.
+# the names of runs must match. ALLOC is PyTorch's allocator configuration for the longest sequences. One GPU
+# trains with strategy none, and with cuDNN too where it can be had: by kernel, framework and ZeRO stage.
 # Where there is no GPU the same runs train a tiny model over gloo: a rehearsal, which measures nothing.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -25,10 +27,19 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 export NCCL_NVLS_ENABLE=0
 export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}" # Megatron makes gloo groups too; one machine has no other
 GPUS="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
-WORLD="${WORLD:-$((GPUS > 1 ? GPUS : 2))}"
+WORLD="${WORLD:-$((GPUS ? GPUS : 2))}"
+if ((WORLD > 1)); then
+    STRATEGY=ring_p2p ORDER="probe smoke parity speed longest" PATIENCE=60 # seconds of one run
+else # which takes longer where one GPU does all the work of a sequence
+    STRATEGY=none ORDER="probe speed parity longest" PATIENCE=120
+fi
 if ((GPUS)); then
-    ((GPUS >= WORLD && WORLD >= 2)) || { echo "$WORLD processes need as many GPUs, 2 or more; there are $GPUS" >&2; exit 2; }
-    KERNELS="${KERNELS:-triton,sdpa_flash}"
+    ((GPUS >= WORLD && WORLD >= 1)) || { echo "$WORLD processes need as many GPUs; there are $GPUS" >&2; exit 2; }
+    if [[ -z "${KERNELS:-}" ]]; then
+        KERNELS=triton,sdpa_flash
+        ((WORLD > 1)) || KERNELS+="$("$PYTHON" -c 'from lcab_plugin.kernels import get
+print("" if get("cudnn").unavailable() else ",cudnn")')"
+    fi
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}" # first values of the model are copied on the CPU
 else
     echo "no GPU: a rehearsal over gloo" >&2
@@ -53,7 +64,7 @@ print("deepspeed", deepspeed.__version__, "megatron-core", megatron.core.__versi
 runs() {
     local left=$((ALL_SECONDS - SECONDS - 30))
     "$PYTHON" scripts/gpu/training_cells.py "$1" "$OUT" --seconds "$(($2 < left ? $2 : left))" --world "$WORLD" \
-        --kernels "$KERNELS" --only "${ONLY:-}" "${@:3}"
+        --patience "$PATIENCE" --kernels "$KERNELS" --only "${ONLY:-}" "${@:3}"
 }
 
 smoke() { runs smoke "${SMOKE_SECONDS:-80}"; }
@@ -65,7 +76,7 @@ longest() {
 }
 
 launchers() {
-    local status=0 flags=(--steps 3 --strategy ring_p2p --kernel "${KERNELS%%,*}" --eval-batches 0 --out "$OUT")
+    local status=0 flags=(--steps 3 --strategy "$STRATEGY" --kernel "${KERNELS%%,*}" --eval-batches 0 --out "$OUT")
     rm -rf "$OUT"/launchers-*
     timeout 60 "$PYTHON" -m deepspeed.launcher.runner --num_gpus "$WORLD" examples/train_gpt.py "${flags[@]}" \
         --name launchers-deepspeed > "$OUT/launchers-deepspeed.log" 2>&1 || status=1
@@ -83,7 +94,7 @@ keep() {
 }
 
 failed=()
-for step in "${@:-probe smoke parity speed longest}"; do
+for step in "${@:-$ORDER}"; do
     for one in $step; do
         case "$one" in
             probe | smoke | parity | speed | longest | launchers) ;;

@@ -1,6 +1,7 @@
 """Which training runs each step of `training.sh` does, the most telling first: their time may end.
 
-Without a GPU the same runs train preset tiny on short sequences for three steps, with kernels that a CPU has.
+On one GPU (``world`` 1) they compare kernels, frameworks and ZeRO stages, with strategy none. Without a GPU
+the same runs train preset tiny on short sequences for three steps, with kernels that a CPU has.
 """
 
 from __future__ import annotations
@@ -77,36 +78,41 @@ def masks_of(kernel: str) -> Sequence[str]:
 def smoke(world: int, kernels: Sequence[str]) -> Iterator[Run]:
     """Five steps of each framework, so that what cannot run says so first."""
     shape: dict[str, Any] = {"preset": "125m", "seqlen": 8192, "steps": 5, "mask": DOCUMENTS}
-    cells = [*zip(kernels[:2], ("ring_p2p", "ulysses"), strict=False)]
+    strategies = ("ring_p2p", "ulysses") if world > 1 else ("none", "none")
+    cells = [*zip(kernels[:2], strategies, strict=False)]
     for framework in SCRIPTS:
         for kernel, strategy in cells:
             name = f"smoke-{framework}-{kernel}-{strategy}"
             yield training(name, range(world), framework, kernel=kernel, strategy=strategy, **shape)
-        name, last = f"smoke-{framework}-zero3-recompute", {"kernel": kernels[0], "strategy": "ring_p2p"}
+        name, last = f"smoke-{framework}-zero3-recompute", {"kernel": kernels[0], "strategy": strategies[0]}
         yield training(name, range(world), framework, zero=3, recompute=True, **last, **shape)
 
 
 def parity(world: int, kernels: Sequence[str]) -> Iterator[Run]:
     """Fifty steps over the same data, compared by `training_table.py`: first on one GPU each, side by side,
-    the baseline of every mask and its float32 twin on the first."""
+    the baseline of every mask and its float32 twin on the first. One GPU has time for both masks."""
     shape: dict[str, Any] = {"preset": "125m", "seqlen": 8192, "steps": 50, "strategy": "none"}
     shape |= {"mask": DOCUMENTS, "loss_mask": "uneven", "doc_lengths": "pile"}
-    ours = kernels[0]
-    for mask in MASKS if set(kernels) & set(NO_DOCUMENTS) else MASKS[:1]:
+    ours, second = kernels[0], min(1, world - 1)
+    for mask in MASKS if world == 1 or set(kernels) & set(NO_DOCUMENTS) else MASKS[:1]:
         same = {**shape, "mask": mask}
         yield training(f"parity-baseline-{mask}", [0], **same, kernel=BASELINE)
         exact = {**same, "dtype": "fp32", "kernel": EXACT}
         yield training(f"parity-baseline-{mask}-fp32", [0], **exact)
-    for kernel in kernels:
-        if kernel != BASELINE:
-            same = {**shape, "kernel": kernel, "mask": masks_of(kernel)[0]}
-            yield training(f"parity-deepspeed-{kernel}-none", [1], **same)
-    yield training(f"parity-megatron-{ours}-none", [1], "megatron", zero=0, **shape, kernel=ours)
-    cells = [("megatron", ours, "ulysses", 1), ("megatron", ours, "ring_p2p", 0)]
-    cells += [("deepspeed", ours, strategy, 1) for strategy in STRATEGIES]
-    cells += [("deepspeed", ours, "ring_p2p", 3)]
-    cells += [("deepspeed", BASELINE, s, 1) for s in ("ulysses", "ring_p2p") if ours != BASELINE]
-    cells += [("deepspeed", ours, s, 1) for s in ("usp", "loongtrain") if world > 2]
+    for kernel in (kernel for kernel in kernels if kernel != BASELINE):
+        for i, mask in enumerate(masks_of(kernel)[: 2 if world == 1 else 1]):
+            name = f"parity-deepspeed-{kernel}-none{f'-{mask}' if i else ''}"
+            yield training(name, [second], **{**shape, "kernel": kernel, "mask": mask})
+    yield training(f"parity-megatron-{ours}-none", [second], "megatron", zero=0, **shape, kernel=ours)
+    if world == 1:
+        cells = [("megatron", BASELINE, "none", 0)] if ours != BASELINE else []
+        cells += [("deepspeed", ours, "none", 3)]
+    else:
+        cells = [("megatron", ours, "ulysses", 1), ("megatron", ours, "ring_p2p", 0)]
+        cells += [("deepspeed", ours, strategy, 1) for strategy in STRATEGIES]
+        cells += [("deepspeed", ours, "ring_p2p", 3)]
+        cells += [("deepspeed", BASELINE, s, 1) for s in ("ulysses", "ring_p2p") if ours != BASELINE]
+        cells += [("deepspeed", ours, s, 1) for s in ("usp", "loongtrain") if world > 2]
     for framework, kernel, strategy, zero in cells:
         degrees = {"usp": {"ulysses": 2}, "loongtrain": {"ulysses": 2, "inner_ring": 2}}.get(strategy, {})
         name = f"parity-{framework}-{kernel}-{strategy}-zero{zero}"
@@ -142,6 +148,9 @@ def step_times(
 def speed(world: int, kernels: Sequence[str]) -> Iterator[Run]:
     """Step times by length, mask, kernel and strategy, beside one GPU alone: first what is sure to run, then
     the kernels that may fail or compile for long, then Megatron."""
+    if world == 1:
+        yield from speed_alone(kernels)
+        return
     ours, others, group = kernels[0], kernels[1:], range(world)
     every, both = [(ours, s) for s in STRATEGIES], [(ours, s) for s in STRATEGIES[:2]]
     ulysses = [(kernel, "ulysses") for kernel in others]
@@ -171,22 +180,47 @@ def speed(world: int, kernels: Sequence[str]) -> Iterator[Run]:
     yield from step_times(group, 131072, MASKS[1:], compiled)
 
 
+def speed_alone(kernels: Sequence[str]) -> Iterator[Run]:
+    """The same on one GPU, with every kernel: first what takes seconds a step, through each framework, then
+    128K tokens that all see each other; last what ZeRO 3 could change least."""
+    deepspeed = partial(step_times, [0], cells=[(kernel, "none") for kernel in kernels])
+    megatron = partial(deepspeed, framework="megatron")
+    yield from deepspeed(32768, MASKS)
+    yield from deepspeed(131072, MASKS[:1])
+    yield from deepspeed(8192, MASKS)
+    yield from deepspeed(32768, MASKS, zero=3)
+    yield from megatron(32768, MASKS)
+    yield from megatron(131072, MASKS[:1])
+    yield from megatron(8192, MASKS)
+    yield from deepspeed(131072, MASKS[1:])
+    yield from step_times([0], 131072, MASKS, [(kernels[0], "none")], more=["--keep-attention"])
+    yield from megatron(131072, MASKS[1:])
+    yield from deepspeed(8192, MASKS, zero=3)
+    yield from deepspeed(131072, MASKS, zero=3)
+
+
 def longest(world: int, kernels: Sequence[str]) -> Iterator[Run]:
     """The first guess of each series, of preset 1b with ZeRO 1. Two steps: the optimizer has its state in the
     second. Documents keep steps short; what has to be held hardly depends on the mask.
 
-    The guess is for two GPUs of 80 GiB. States, gradients, NCCL and CUDA take 11 GiB; a token of a rank then
-    takes 1.49 MB where nothing is recomputed (measured at 32,768 tokens) and about 0.2 MB where blocks are:
-    4 KiB for the input of each of 16 blocks, and what one block holds in its backward pass.
+    The guess is for two GPUs of 80 GiB, or one of 140. States, gradients, NCCL and CUDA take 11 GiB of each,
+    or 17 of one; a token of a rank then takes 1.49 MB where nothing is recomputed (measured at 32,768 tokens)
+    and about 0.2 MB where blocks are: 4 KiB for the input of each of 16 blocks, and what one block holds in
+    its backward pass. Attention that is kept adds 4 KiB a block; for a guess of its own it has its own unit.
     """
-    cells = [*product(("ring_p2p", "ulysses"), (True, False)), *product(STRATEGIES[2:], (False,))]
-    for strategy, recompute in [*cells, *product(STRATEGIES[2:], (True,))]:
-        series = f"longest-1b-{kernels[0]}-{strategy}{'-recompute' if recompute else ''}"
-        units, unit = (10, 2**15 * world) if recompute else (11, 2**12 * world)
-        unit //= 1 if CUDA else 4
+    plain, recompute = ("", 2**12, 11), ("-recompute", 2**15, 10)  # what is held, a unit's tokens, units
+    cells = [*product(("ring_p2p", "ulysses"), (recompute, plain))]
+    cells += [*product(STRATEGIES[2:], (plain,)), *product(STRATEGIES[2:], (recompute,))]
+    if world == 1:
+        alone = (("", 2**12, 20), ("-recompute", 2**15, 19), ("-recompute-keep-attention", 2**14, 28))
+        cells = [*product(("none",), alone)]
+    for strategy, (held, tokens, units) in cells:
+        unit = tokens * world // (1 if CUDA else 4)
+        series = f"longest-1b-{kernels[0]}-{strategy}{held}"
         shape: dict[str, Any] = {"preset": "1b", "seqlen": units * unit, "steps": 2, "mask": DOCUMENTS}
         shape |= {"kernel": kernels[0], "strategy": strategy, "doc_lengths": "prolong64k"}
-        run = training(series, range(world), recompute=recompute, **shape)
+        shape |= {"recompute": bool(held), "more": ["--keep-attention"] if "keep" in held else ()}
+        run = training(series, range(world), **shape)
         yield replace(run, series=series, unit=run.seqlen // units)
 
 

@@ -34,6 +34,7 @@ SPEED = {"mask": "mask", **WHAT, "GPUs": "world", "ZeRO": "zero", "recomputed": 
 SPEED |= {"timed": "timed", **TIMES}
 LONGEST = {**WHAT, "GPUs": "world", "ZeRO": "zero", "recomputed": "recomputed", "longest": "seqlen"}
 LONGEST |= {"too long": "too_long", **TIMES}
+OF_SEVERAL = ("strategy", "layout", "world")
 FORMS = {"step_ms": ".0f", "tokens_per_s": ",.0f", "mfu": ".1%", "peak_gib": ".1f", "last_loss": ".4f"}
 FORMS |= dict.fromkeys(("loss", "loss_later", "norms", "gradient"), ".1e")
 FORMS |= dict.fromkeys(("seqlen", "too_long"), ",d")
@@ -152,7 +153,7 @@ def longest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(title: str, columns: dict[str, str], rows: list[dict[str, Any]]) -> list[str]:
-    """Rows under a title; nothing where there are none."""
+    """Rows under a title; nothing where there are none. Those of one GPU alone need no columns of several."""
 
     def shown(key: str, value: Any) -> str:
         text = "-" if value is None else format(value, FORMS.get(key, ""))
@@ -160,6 +161,9 @@ def table(title: str, columns: dict[str, str], rows: list[dict[str, Any]]) -> li
 
     if not rows:
         return []
+    if {found["world"] for found in rows if "world" in found} == {1}:
+        title += ", one GPU"
+        columns = {name: key for name, key in columns.items() if key not in OF_SEVERAL}
     right = [
         "---:" if key in FORMS or key in ("world", "zero", "timed") else "---" for key in columns.values()
     ]

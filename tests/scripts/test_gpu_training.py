@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import subprocess
 import sys
 import time
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 
@@ -205,7 +209,7 @@ def test_every_run_names_flags_that_its_script_has(cells):
     arguments.add_training(parser.add_argument_group("training"))
     arguments.add_attention(parser.add_argument_group("attention"))
     arguments.add_run(parser)
-    for world in (2, 4):
+    for world in (1, 2, 4):
         for plan in cells.STEPS.values():
             runs = list(plan(world, ["sdpa_flash", "naive"]))
             assert len({r.name for r in runs}) == len(runs)
@@ -217,12 +221,31 @@ def test_every_run_names_flags_that_its_script_has(cells):
                 degrees = {key: getattr(given, key) for key in DEGREES if getattr(given, key)}
                 config = AttentionConfig.from_dict({"strategy": given.strategy, **degrees})
                 assert given.strategy == "none" or config.degrees(len(r.gpus))
+                assert set(r.gpus) <= set(range(world))
 
 
-def record(folder: Path, losses: list[float], dtype: str = "bf16", seqlen: int = 100) -> None:
+def test_one_gpu_trains_every_kernel_at_every_length_in_both_frameworks(cells):
+    kernels = ["triton", "sdpa_flash", "cudnn"]
+    planned = {name: list(plan(1, kernels)) for name, plan in cells.STEPS.items()}
+    for r in (r for runs in planned.values() for r in runs):
+        assert r.gpus == (0,)
+        assert r.arguments[r.arguments.index("--strategy") + 1] == "none"
+    speed = [r.name for r in planned["speed"]]
+    assert speed[:2] == [f"speed-deepspeed-1b-32768-causal_document-{k}-none" for k in kernels[:2]]
+    for kernel, mask, tokens in product(kernels, ("causal", "causal_document"), ("8192", "32768", "131072")):
+        recompute = "-recompute" if tokens == "131072" else ""
+        for framework, zero in (("deepspeed", ""), ("deepspeed", "-zero3"), ("megatron", "")):
+            assert f"speed-{framework}-1b-{tokens}-{mask}-{kernel}-none{recompute}{zero}" in speed
+    assert [r.series for r in planned["longest"]] == [
+        f"longest-1b-triton-none{held}" for held in ("", "-recompute", "-recompute-keep-attention")
+    ]
+    assert len({r.unit for r in planned["longest"]}) == 3  # one series is no guess for another
+
+
+def record(folder: Path, losses: list[float], dtype: str = "bf16", seqlen: int = 100, world: int = 1) -> None:
     folder.mkdir()
     attention = {"kernel": "naive", "strategy": "none", "mask": "causal", "layout": "zigzag"}
-    first = {"type": "run", "schema": 1, "attention": attention, "dtype": dtype, "cp": 1, "world": 1}
+    first = {"type": "run", "schema": 1, "attention": attention, "dtype": dtype, "cp": 1, "world": world}
     lines: list[dict] = [first | {"steps": len(losses), "seqlen": seqlen, "framework": "x", "command": []}]
     for i, loss in enumerate(losses):
         lines.append(
@@ -292,16 +315,75 @@ def test_the_longest_of_a_series_is_one_row_beside_the_first_that_lacked_memory(
     assert [(row["longest"], row["too long"]) for row in rows] == [("500", "600"), ("-", "-")]
 
 
+def test_one_gpu_needs_no_columns_of_several(table, tmp_path, capsys):
+    record(tmp_path / "speed-one", [4.0, 3.0, 2.0])
+    record(tmp_path / "speed-two", [4.0, 3.0, 2.0], seqlen=200, world=2)
+    failed(tmp_path / "longest-s-600", "CUDA out of memory")  # no record says on how many GPUs
+    table.main()
+    lines = capsys.readouterr().out.splitlines()
+    titles = {line: lines[i + 2] for i, line in enumerate(lines) if line.startswith("###")}
+    assert {title: "| strategy | layout | GPUs |" in columns for title, columns in titles.items()} == {
+        "### 100 tokens, one GPU": False,
+        "### 200 tokens": True,
+        "### Longest sequence": True,
+    }
+
+
+@pytest.fixture
+def one_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[list[str], str]]:
+    """Start a script where there is one GPU; what it had Python do, and its errors."""
+    python, calls = tmp_path / "bin" / "python", tmp_path / "calls"
+    python.parent.mkdir()
+    python.write_text(
+        f"""#!/bin/sh
+        echo "$@" >> {calls}
+        case "$*" in *device_count*) echo 1 ;; *'get("cudnn")'*) echo ,cudnn ;; esac
+        """
+    )
+    python.chmod(0o755)
+    (python.parent / "nvidia-smi").symlink_to(python)
+    monkeypatch.setenv("PYTHON", str(python))
+    monkeypatch.setenv("PATH", f"{python.parent}{os.pathsep}{os.environ['PATH']}")
+    for name in ("WORLD", "KERNELS"):
+        monkeypatch.delenv(name, raising=False)
+
+    def start(script: str) -> tuple[list[str], str]:
+        command = [SCRIPTS / script, tmp_path / "out"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        return calls.read_text().splitlines(), done.stderr
+
+    return start
+
+
+def test_on_one_gpu_training_starts_one_process_and_speed_first(one_gpu):
+    calls, _ = one_gpu("training.sh")
+    steps = [call.split() for call in calls if call.startswith("scripts/gpu/training_cells.py")]
+    assert [call[1] for call in steps] == ["speed", "parity", "longest"]
+    for call in steps:
+        assert call[call.index("--world") + 1] == "1"
+        assert call[call.index("--kernels") + 1] == "triton,sdpa_flash,cudnn"
+
+
+def test_on_one_gpu_context_parallelism_says_what_it_needs(one_gpu):
+    calls, errors = one_gpu("context_parallel.sh")
+    assert len(calls) == 1
+    assert errors.splitlines() == [
+        "context parallelism needs 2 GPUs or more, one for each of 2 processes; this machine has 1"
+    ]
+
+
 @pytest.mark.nightly
+@pytest.mark.parametrize("strategies", [("none", "none"), ("ulysses", "ring_p2p")])
 @pytest.mark.parametrize("framework", ["deepspeed", "megatron"])
-def test_a_second_run_in_the_same_process_is_the_same(monkeypatch, tmp_path, framework):
+def test_a_second_run_in_the_same_process_is_the_same(monkeypatch, tmp_path, framework, strategies):
     pytest.importorskip(framework)
     monkeypatch.syspath_prepend(str(SCRIPTS))
     runs_module = importlib.import_module("training_runs")
     script = str(SCRIPTS.parents[1] / runs_module.SCRIPTS[framework])
     flags = ["--seqlen", "64", "--steps", "3", "--global-batch", "2", "--eval-batches", "0"]
     runs = []
-    for name, strategy in (("first", "ulysses"), ("between", "ring_p2p"), ("second", "ulysses")):
+    same, other = strategies
+    for name, strategy in (("first", same), ("between", other), ("second", same)):
         arguments = [*flags, "--strategy", strategy, "--name", name, "--out", str(tmp_path)]
         runs.append({"name": name, "script": script, "arguments": arguments})
     plan = tmp_path / "runs.json"
@@ -309,7 +391,7 @@ def test_a_second_run_in_the_same_process_is_the_same(monkeypatch, tmp_path, fra
     outcome = launch(
         SCRIPTS / "training_ranks.py",
         [str(plan), "0,1", "20"],
-        world=2,
+        world=1 if same == "none" else 2,
         device="cpu",
         logs=tmp_path / "logs",
         timeout=120,
