@@ -10,14 +10,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+
+from lcab_plugin.cli import output
 
 if TYPE_CHECKING:
     from lcab_plugin.bench.cells import Record
@@ -49,19 +43,8 @@ def progress(
         f"{total} cells{f' ({before} more are done)' if before else ''}, {settings.device}, "
         f"{settings.shape.dtype}, at most {settings.cell_seconds:g} s each; records in {path}"
     )
-    columns = [
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    ]
     began, count = time.monotonic(), 0
-    # Cells come in bursts, those that are refused at once: all of them tell the time left.
-    with Progress(
-        *columns, console=console, disable=not console.is_terminal, speed_estimate_period=7 * 86400
-    ) as bar:
+    with output.bar(console) as bar:
         task = bar.add_task("", total=total)
 
         def watch(text: str) -> None:

@@ -9,6 +9,14 @@ from typing import Annotated, Any
 import typer
 from rich import box
 from rich.console import Console, RenderableType
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -35,3 +43,21 @@ def show(what: RenderableType) -> None:
     """Print to stdout, in the terminal's width (200 columns where there is no terminal)."""
     console = Console()
     Console(width=None if console.is_terminal else 200, highlight=False).print(what)
+
+
+def bar(console: Console) -> Progress:
+    """What is done of how many, the time so far and the time left; nothing where there is no terminal.
+
+    What a cell takes differs, some end at once: all of them tell the time left, not the latest.
+    """
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    ]
+    return Progress(
+        *columns, console=console, speed_estimate_period=7 * 86400, disable=not console.is_terminal
+    )

@@ -9,14 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.text import Text
 
 from lcab_plugin.cli import output
@@ -172,16 +164,7 @@ def _run(cells: list[Cell], settings: Settings) -> tuple[list[Result], bool]:
         f"{len(cells)} runs of {settings.steps} steps, {settings.world} processes, {settings.device}, "
         f"{settings.dtype}; records in {settings.out}"
     )
-    columns = [
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    ]
-    # The estimate counts whole runs, most of which is start-up: remember all of them.
-    with Progress(*columns, console=console, speed_estimate_period=86400) as progress:
+    with output.bar(console) as progress:
         task = progress.add_task("", total=len(cells))
         results: list[Result] = []
         running: Cell | None = None

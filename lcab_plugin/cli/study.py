@@ -12,14 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.text import Text
 
 from lcab_plugin.cli import output
@@ -123,19 +115,9 @@ def _progress(runner: Runner) -> Iterator[Watch]:
         f"{len(results)} cells by launcher {runner.study.launcher.kind}: {cannot} cannot run, "
         f"{done - cannot} are done, {open_} to run; records in {runner.out}"
     )
-    columns = [
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    ]
     # What cells have taken so far, start-up and all, estimates the time left; what is done already does not.
     begin = time.monotonic()
-    with Progress(
-        *columns, console=console, speed_estimate_period=7 * 86400, disable=not console.is_terminal
-    ) as bar:
+    with output.bar(console) as bar:
         task = bar.add_task("", total=open_)
         seen = ""
 

@@ -59,7 +59,8 @@ class NativeCall:
     ``what``: the call and its mask in the library's words. ``count``: segments or tiles in it. ``area``:
     visible cells it covers, each exactly once over all calls. ``computed``: cells the library computes for
     them, in whole blocks. ``copied``: rows of q, k or v copied beforehand (gathers, flips). ``merged``: rows
-    of its result that meet an earlier call's.
+    of its result that meet an earlier call's. ``rectangle``: cells of its segments, whatever their windows,
+    if the library may compute what a window hides all the same, in its backward say; 0 if it does not.
     """
 
     what: str
@@ -68,6 +69,7 @@ class NativeCall:
     computed: int
     copied: int = 0
     merged: int = 0
+    rectangle: int = 0
 
 
 class Kernel(Protocol):

@@ -14,6 +14,7 @@ the bottom right by each segment's lengths, the backward computes the whole rect
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from importlib import metadata
 from importlib.util import find_spec
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from lcab_plugin.kernels import cudnn_limits, segments
 from lcab_plugin.kernels.contract import Features, KernelOptions, NativeCall
+from lcab_plugin.kernels.lowering import VarlenCall, varlen_calls
 from lcab_plugin.kernels.segments import Segments, SegmentsKernel
 from lcab_plugin.masks import AttentionMask
 
@@ -110,7 +112,8 @@ class Cudnn(SegmentsKernel):
         return None
 
     def explain(self, mask: AttentionMask, head_dim: int) -> list[NativeCall]:
-        return segments.explain(mask, (128, 128))
+        calls = zip(varlen_calls(mask), segments.explain(mask, (128, 128)), strict=True)
+        return [replace(native, rectangle=0) if _constant(call) else native for call, native in calls]
 
     def varlen_forward(
         self, q: Tensor, k: Tensor, v: Tensor, plan: Segments, options: KernelOptions
@@ -162,6 +165,12 @@ def _shape(backward: bool, q: Tensor, k: Tensor, v: Tensor, plan: Segments, opti
         options.scale,
         backward and options.deterministic,
     )
+
+
+def _constant(call: VarlenCall) -> bool:
+    """Whether the call's band is causal and of squares, so that the backward skips what it hides."""
+    rows, keys = (call.segments[:, 1::2] - call.segments[:, ::2]).T
+    return call.right == 0 and bool((rows == keys).all())
 
 
 def _bucket(n: int, least: int) -> int:

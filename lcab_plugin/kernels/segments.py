@@ -84,6 +84,7 @@ def _explain(call: VarlenCall, blocks: tuple[int, int]) -> NativeCall:
         computed=int(computed.sum()),
         copied=call.copied[0] + 2 * call.copied[1],
         merged=0 if call.fresh else call.rows,
+        rectangle=int(shapes.prod(axis=1).sum()),
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from lcab_plugin import kernels
 from lcab_plugin.kernels import segments
 from lcab_plugin.kernels.contract import Kernel, KernelOptions, NativeCall
-from lcab_plugin.kernels.lowering import too_deep, varlen_calls
+from lcab_plugin.kernels.lowering import too_deep
 from lcab_plugin.masks import AttentionMask, full
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -45,12 +45,11 @@ def work(kernel: str, mask: AttentionMask, head_dim: int, device: str) -> Work:
     if mask.empty:
         return Work()
     calls = _explained(kernel, mask, head_dim, device)
-    by_segments = any(call.what.startswith("varlen") for call in calls)
     return Work(
         calls=len(calls),
         area=mask.area,
         computed=sum(call.computed for call in calls),
-        outside=_outside(kernel, mask, calls) if by_segments else 0,
+        outside=max(0, sum(call.rectangle - call.computed for call in calls if call.rectangle)),
         rows=mask.q_len,
         keys=mask.k_len,
         moved=sum(call.copied + 5 * call.merged for call in calls),
@@ -63,18 +62,6 @@ def _explained(kernel: str, mask: AttentionMask, head_dim: int, device: str) -> 
     if kernel == "sdpa_flash" and device == "cuda":
         return segments.explain(mask, (128, 64))
     return kernels.get(kernel).explain(mask, head_dim)
-
-
-def _outside(kernel: str, mask: AttentionMask, calls: list[NativeCall]) -> int:
-    """Cells of segments that ``calls``, one for each of the lowering's, leave out; but for cuDNN's causal
-    bands in squares. Their limits are constants of its graph, and it skips what they hide, while the backward
-    of other bands computes the rectangle (kernels/cudnn.py): one cost cannot be both."""
-    total = 0
-    for call, native in zip(varlen_calls(mask), calls, strict=True):
-        rows, keys = (call.segments[:, 1::2] - call.segments[:, ::2]).T
-        skipped = kernel == "cudnn" and call.right == 0 and (rows == keys).all()
-        total += 0 if skipped else int((rows * keys).sum()) - native.computed
-    return max(0, total)
 
 
 @lru_cache(maxsize=1024)

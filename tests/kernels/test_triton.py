@@ -65,8 +65,9 @@ def test_every_configuration_compiles(cell, resources):
     if dtype == "bf16":
         assert found["wgmma"] if config.tma and config.keys >= 64 else found["wgmma"] + found["mma"]
     if default:
-        # What dkv of head_dim 128 spills on Hopper, to keep four products of 64 rows in registers.
-        assert found["local"] <= 112, "a default spills more registers than was measured to pay"
+        # dk and dv of head_dim 128 keep four products of 64 rows in registers on Hopper.
+        most = 112 if which == "dkv" and width == 128 and config.specialised else 96
+        assert found["local"] <= most, "a default spills more registers than was measured to pay"
     assert not found["serialised"], "products wait for each other that were to overlap"
     if table is not None:
         assert found == table[module.name(*cell[:5])], "run python tests/kernels/triton_resources.py"
@@ -154,6 +155,8 @@ def test_unaligned_tensors_are_not_given_to_the_tensor_memory_accelerator():
     assert tuning.describable(k)
     moved = torch.empty(k.numel() + 1, dtype=k.dtype)[1:].view(k.shape)
     assert not tuning.describable(moved)
+    assert not tuning.describable(k.expand(-1, -1, 4, -1))  # one head for four
+    assert not tuning.describable(k[..., :60])  # nor could a contiguous one of this shape be
 
 
 def test_it_says_why_it_does_not_run():

@@ -88,31 +88,29 @@ def _portable(which: str, width: int, dtype: str, arch: int, config: Config) -> 
         "UPCAST": False,
         "TMA": config.tma,
     }
-    signature, attributes = _signature(kernel.arg_names, which, dtype, config, constants)
+    streamed = STREAMED[which] if config.tma else ()
+    rows = {name: config.keys if name in ("K", "V") else config.rows for name in streamed}
+    descriptors = {name: f"tensordesc<{dtype}[1, {n}, 1, {width}]>" for name, n in rows.items()}
+    signature, attributes = _signature(kernel.arg_names, dtype, descriptors, constants)
     return triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": config.warps, "num_stages": config.stages},
+        options={"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True},
     )
 
 
 def _specialised(which: str, width: int, dtype: str, config: Config) -> Any:
-    kernel = SPECIALISED[which]
-    own, block = (config.keys, config.rows) if which == "dkv" else (config.rows, config.keys)
-    meta = hopper.Meta(which != "dkv", block, config.stages, 1, False, width, width, own)
-    constants = {"META": meta}
-    keys, rows = (own, block) if which == "dkv" else (block, own)
-    tiles = {"K": keys, "V": keys, "DK": keys, "DV": keys, "Q": rows, "OUT": rows, "DOUT": rows, "DQ": rows}
-    signature, attributes = _signature(kernel.arg_names, which, dtype, config, constants)
-    for argument in kernel.arg_names:
-        if argument in tiles:
-            shape = [1, tiles[argument], 1, width]
-            signature[argument] = f"tensordesc<{dtype}{shape},{hopper.tile_layout(shape)!r}>"
-        elif argument in ("LSE", "DELTA") and which == "dkv":
-            signature[argument] = f"tensordesc<fp32{[1, block]},{hopper.row_layout()!r}>"
-    for i, argument in enumerate(kernel.arg_names):
-        if signature[argument].startswith("tensordesc"):
-            attributes.pop((i,), None)
+    kernel, by_keys = SPECIALISED[which], which == "dkv"
+    own, block = (config.keys, config.rows) if by_keys else (config.rows, config.keys)
+    constants = {"META": hopper.Meta(not by_keys, block, config.stages, 1, False, width, width, own)}
+    descriptors = {}
+    for names, n in ((("K", "V", "DK", "DV"), config.keys), (("Q", "OUT", "DOUT", "DQ"), config.rows)):
+        shape = [1, n, 1, width]
+        descriptors |= dict.fromkeys(names, f"tensordesc<{dtype}{shape},{hopper.tile_layout(shape)!r}>")
+    if by_keys:
+        numbers = f"tensordesc<fp32{[1, block]},{hopper.row_layout()!r}>"
+        descriptors |= {"LSE": numbers, "DELTA": numbers}
+    signature, attributes = _signature(kernel.arg_names, dtype, descriptors, constants)
     return triton.compile(
         GluonASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", 90, 32),
@@ -121,7 +119,7 @@ def _specialised(which: str, width: int, dtype: str, config: Config) -> Any:
 
 
 def _signature(
-    arguments: list[str], which: str, dtype: str, config: Config, constants: dict[str, Any]
+    arguments: list[str], dtype: str, descriptors: dict[str, str], constants: dict[str, Any]
 ) -> tuple[dict[str, str], dict[tuple[int], Any]]:
     """The types of a launch with 16-byte aligned tensors, as Triton's own launcher derives them."""
     aligned: list[list[Any]] = [["tt.divisibility", 16]]
@@ -129,9 +127,8 @@ def _signature(
     for i, argument in enumerate(arguments):
         if argument in constants:
             signature[argument] = "constexpr"
-        elif config.tma and not config.specialised and argument in STREAMED[which]:
-            rows = config.keys if argument in ("K", "V") else config.rows
-            signature[argument] = f"tensordesc<{dtype}[1, {rows}, 1, {constants['DP']}]>"
+        elif argument in descriptors:
+            signature[argument] = descriptors[argument]
         elif argument in ("LSE", "LSE2", "DELTA"):
             signature[argument], attributes[(i,)] = "*fp32", aligned
         elif argument.isupper():
@@ -142,7 +139,7 @@ def _signature(
             signature[argument] = "fp32"
         else:
             signature[argument] = "i32"
-            if argument.endswith(("_batch", "_stride", "_head")):
+            if argument.endswith(("_batch", "_stride", "_head")) and argument not in forward.COUNTS:
                 attributes[(i,)] = aligned
     return signature, attributes
 

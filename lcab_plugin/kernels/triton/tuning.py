@@ -182,9 +182,9 @@ def choose(
 
 def describable(x: Tensor) -> bool:
     """Whether the tensor memory accelerator can read it, and a contiguous tensor of its shape: 16-byte base,
-    strides and rows."""
+    strides and rows, and nothing broadcast (a stride of 0)."""
     sizes = *x.stride()[:3], x.shape[-1]
-    return x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in sizes)
+    return x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in sizes)
 
 
 @lru_cache(maxsize=1024)
