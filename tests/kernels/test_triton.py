@@ -19,7 +19,7 @@ import lcab_plugin as lcab
 from lcab_plugin import masks
 from lcab_plugin.kernels import KernelOptions
 from lcab_plugin.kernels.triton import tuning
-from lcab_plugin.kernels.triton.plan import Plan
+from lcab_plugin.kernels.triton.plan import Plan, largest_load
 from lcab_plugin.kernels.triton.tuning import Config
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -111,6 +111,65 @@ def test_a_plan_is_its_mask(name, n, rows, keys, data):
         work = [int(plan.tensors[1][a:b, 1].sum()) for _, a, _, b, _ in plan.lines.tolist()]
         assert work == sorted(work, reverse=True), "the heaviest rows start first"
     torch.testing.assert_close(mask.transposed().to_dense(), mask.to_dense().T)
+
+
+@given(
+    name=st.sampled_from(masks.names()),
+    n=st.integers(300, 700),
+    group=st.sampled_from([1, 3, 4, 8]),
+    units=st.integers(1, 6),
+    programs=st.sampled_from([1, 7, 132]),
+)
+@settings(max_examples=150, deadline=None)
+def test_the_parts_of_a_plan_are_its_lines(name, n, group, units, programs):
+    plan = Plan(families(n)[name].transposed(), 64, 32, torch.device("cpu"))
+    parts = plan.parts(group, units, programs)
+    table, lines = parts.table.numpy(), len(plan.lines)
+    assert np.all(np.diff(plan.work[table[:, 0]] * table[:, 2]) <= 0), "the heaviest parts start first"
+    summed = np.zeros((lines, group), int)
+    for line, head, count, slot in table:
+        summed[line, head : head + count] += 1
+        assert (slot < 0) == (count == group)
+    assert np.all(summed == 1), "each line is summed once over each query head"
+    split = table[table[:, 3] >= 0]
+    order = np.argsort(split[:, 3])
+    np.testing.assert_array_equal(split[order, 3], np.arange(parts.slots))
+    np.testing.assert_array_equal(split[order, 0], np.repeat(np.arange(parts.split), parts.each))
+
+
+def test_lines_that_hold_up_a_launch_are_split():
+    """Keys that every row sees: the largest load falls from several times the mean; an even mask stays."""
+    question = masks.share_question([512] * 32)
+    for mask, split in ((question, True), (masks.full(16384), False)):
+        plan = Plan(mask.transposed(), 128, 64, torch.device("cpu"))
+        parts = plan.parts(8, 8, 132)
+        weights = np.concatenate([plan.work[parts.table[:, 0].numpy()] * parts.table[:, 2].numpy()])
+        mean = plan.work.sum() * 8 * 8 / 132
+        assert bool(parts.slots) == split
+        if split:
+            assert largest_load(plan.work * 8, 8, 132) > 2 * mean
+            assert largest_load(weights, 8, 132) < 1.2 * mean
+    assert not Plan(question.transposed(), 128, 64, torch.device("cpu"), spare=2).parts(8, 8, 132).slots
+
+
+def test_split_lines_are_added_up():
+    """At a length that ends within a line, with columns of padding."""
+    from lcab_plugin.kernels.triton.launch import add_parts
+
+    b, heads, length, d = 2, 3, 700, 5
+    plan = Plan(masks.full(length), 64, 32, torch.device("cpu"))
+    parts = plan.parts(4, b * heads, 1000)
+    assert int(parts.rows.max()) == length - 1
+    sums = torch.randn(parts.slots, b * heads, 64, 8)
+    target = torch.zeros(b, length, heads, d)
+    add_parts(target, sums, parts)
+    want = torch.zeros_like(target)
+    for line, _, _, slot in parts.table.tolist():
+        first = int(plan.lines[line, 0]) * 64
+        if slot >= 0:
+            rows = want[:, first : first + 64]
+            rows += sums[slot].view(b, heads, 64, 8).transpose(1, 2)[:, : rows.shape[1], :, :d]
+    torch.testing.assert_close(target, want)
 
 
 def shape(**change):

@@ -104,33 +104,45 @@ def test_deterministic_is_bitwise_repeatable(dim):
         assert all(torch.equal(a, b) for a, b in zip(first, step(), strict=True))
 
 
-@pytest.mark.parametrize("heads", [(3, 3), (6, 2), (8, 2)], ids=["mha", "three a group", "four a group"])
-@pytest.mark.parametrize("dims", [(16, 16), (32, 64), (64, 128), (96, 96), (128, 64), (128, 128)])
-def test_specialised_launches_agree_with_portable_ones(heads, dims):
-    """Every mask at lengths that fill no block, every configuration of both kinds that the table has."""
+def agree(n, batch, heads, dims, mask, softcap=None):
+    """The first configurations of both kinds that the table has: forward, dq, and dk and dv."""
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs a Hopper GPU")
     from lcab_plugin.kernels.triton import launch, tuning
 
-    q, k, _, _ = (x.cuda() for x in inputs(N, N, *heads, dims[0], torch.bfloat16, batch=2))
-    _, _, v, dout = (x.cuda() for x in inputs(N, N, *heads, dims[1], torch.bfloat16, batch=2))
-    for softcap, (name, mask) in enumerate(MASKS.items()):
-        options = lcab.kernels.KernelOptions(dims[0] ** -0.5, softcap=20.0 if softcap % 3 == 0 else None)
-        results: dict[bool, list[torch.Tensor]] = {False: [], True: []}
-        for specialised, found in results.items():
-            for which in tuning.PASSES:
-                shape = tuning.Shape.of(which, (9, 0), dims, q.dtype, heads[0] // heads[1], mask)
-                config = next(c for c in tuning.candidates(shape) if c.specialised is specialised)
-                if which == "forward":
-                    out, lse = launch.forward(q, k, v, mask, options, config)
-                    found += [out, lse]
-                    delta, lse2 = launch.row_sums(dout, out, lse)
-                elif which == "dq":
-                    found += [launch.sum_dq(dout, q, k, v, lse2, delta, mask, options, config)]
-                else:
-                    found += launch.sum_dkv(dout, q, k, v, lse2, delta, mask, options, config)
-        for one, other in zip(*results.values(), strict=True):
-            finite = torch.isfinite(one.float())
-            assert torch.equal(finite, torch.isfinite(other.float())), name
-            difference = (one.float() - other.float())[finite].norm() / one.float()[finite].norm()
-            assert difference < 0.02, (name, tuple(one.shape), float(difference))
+    q, k, _, _ = (x.cuda() for x in inputs(n, n, *heads, dims[0], torch.bfloat16, batch=batch))
+    _, _, v, dout = (x.cuda() for x in inputs(n, n, *heads, dims[1], torch.bfloat16, batch=batch))
+    options = lcab.kernels.KernelOptions(dims[0] ** -0.5, softcap=softcap)
+    results: dict[bool, list[torch.Tensor]] = {False: [], True: []}
+    for specialised, found in results.items():
+        for which in tuning.PASSES:
+            shape = tuning.Shape.of(which, (9, 0), dims, q.dtype, heads[0] // heads[1], mask)
+            config = next(c for c in tuning.candidates(shape) if c.specialised is specialised)
+            if which == "forward":
+                out, lse = launch.forward(q, k, v, mask, options, config)
+                found += [out, lse]
+                delta, lse2 = launch.row_sums(dout, out, lse)
+            elif which == "dq":
+                found += [launch.sum_dq(dout, q, k, v, lse2, delta, mask, options, config)]
+            else:
+                found += launch.sum_dkv(dout, q, k, v, lse2, delta, mask, options, config)
+    for one, other in zip(*results.values(), strict=True):
+        finite = torch.isfinite(one.float())
+        assert torch.equal(finite, torch.isfinite(other.float())), mask
+        difference = (one.float() - other.float())[finite].norm() / one.float()[finite].norm()
+        assert difference < 0.02, (mask, tuple(one.shape), float(difference))
+
+
+@pytest.mark.parametrize("heads", [(3, 3), (6, 2), (8, 2)], ids=["mha", "three a group", "four a group"])
+@pytest.mark.parametrize("dims", [(16, 16), (32, 64), (64, 128), (96, 96), (128, 64), (128, 128)])
+def test_specialised_launches_agree_with_portable_ones(heads, dims):
+    """Every mask at lengths that fill no block."""
+    for i, mask in enumerate(MASKS.values()):
+        agree(N, 2, heads, dims, mask, softcap=20.0 if i % 3 == 0 else None)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("name", ["causal", "causal_document", "share_question", "global_sliding_window"])
+def test_programs_that_take_many_lines(name, dim):
+    """Enough lines that every program takes several, some split over query heads, some whole."""
+    agree(4000, 1, (64, 8), (dim, dim), families(4000)[name])

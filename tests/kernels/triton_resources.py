@@ -129,11 +129,11 @@ def _signature(
             signature[argument] = "constexpr"
         elif argument in descriptors:
             signature[argument] = descriptors[argument]
-        elif argument in ("LSE", "LSE2", "DELTA"):
+        elif argument in ("LSE", "LSE2", "DELTA", "DK_SUMS", "DV_SUMS"):
             signature[argument], attributes[(i,)] = "*fp32", aligned
         elif argument.isupper():
             signature[argument], attributes[(i,)] = f"*{dtype}", aligned
-        elif argument in ("lines", "runs", "starts", "stops"):
+        elif argument in ("parts", "lines", "runs", "starts", "stops"):
             signature[argument], attributes[(i,)] = "*i32", aligned
         elif argument.startswith(("scale", "cap")):
             signature[argument] = "fp32"

@@ -144,7 +144,7 @@ def fetch(source, where, empty, full, buffer, j, META: gl.constexpr):
 
 
 @gluon.jit
-def load_keys(own, streamed, tables, counts, META: gl.constexpr):
+def load_keys(own, streamed, tables, counts, PLACES: gl.constexpr, META: gl.constexpr):
     """The warp that loads, where the groups own rows of queries: their tiles of every item (``own``: one
     tensor or two, their buffers and barriers), then its blocks of keys and values in the order of use."""
     own_sources, own_buffers, own_full, own_empty = own
@@ -155,11 +155,12 @@ def load_keys(own, streamed, tables, counts, META: gl.constexpr):
     for n in range(turns(items)):
         for SIDE in gl.static_range(2):
             line, b, h, row = locate(item_of(n), lines, units, heads, SIDE, META)
-            full = own_full.index(SIDE)
-            mbarrier.wait(own_empty.index(SIDE), (n & 1) ^ 1)
+            place = SIDE * PLACES + n % PLACES
+            full = own_full.index(place)
+            mbarrier.wait(own_empty.index(place), ((n // PLACES) & 1) ^ 1)
             for i in gl.static_range(len(own_sources)):
                 mbarrier.expect(full, own_sources[i].block_type.nbytes)
-                tma_load(own_sources[i], [b, row, h, 0], full, own_buffers[i].index(SIDE))
+                tma_load(own_sources[i], [b, row, h, 0], full, own_buffers[i].index(place))
         for r in range(gl.load(line + 1), gl.load(line + 3)):
             begin = gl.load(runs + 2 * r)
             for block in range(begin, begin + gl.load(runs + 2 * r + 1)):

@@ -174,7 +174,7 @@ def dq_kernel(
         [
             (compute_dq, (queries, around, DQ, sums, counts, 0, META)),
             (compute_dq, (queries, around, DQ, sums, counts, 1, META)),
-            (load_keys, (queries, streamed, tables, counts, META)),
+            (load_keys, (queries, streamed, tables, counts, 1, META)),
         ],
         WORKERS,
         REGISTERS,
@@ -182,9 +182,19 @@ def dq_kernel(
 
 
 @gluon.jit
-def load_rows(keys, streamed, tables, counts, META: gl.constexpr):
-    """The warp that loads for dk and dv: every item's keys and values, then the rows of every query head of
-    theirs in the order of use, with their lse and delta."""
+def locate_part(item, parts, lines, units, SIDE: gl.constexpr, META: gl.constexpr):
+    """An item's line of the table, unit and first own key, of one of the two groups; the first query head it
+    sums over, counted from that of its keys, how many they are, and the slot for the sum or -1."""
+    part = parts + (item // units) * 4
+    line = lines + gl.load(part) * 5
+    key = (gl.load(line) * 2 + SIDE) * META.value.own
+    return line, item % units, key, gl.load(part + 1), gl.load(part + 2), gl.load(part + 3)
+
+
+@gluon.jit
+def load_rows(keys, streamed, parts, tables, counts, META: gl.constexpr):
+    """The warp that loads for dk and dv: every item's keys and values, then the rows of its query heads in
+    the order of use, with their lse and delta."""
     own_sources, own_buffers, own_full, own_empty = keys
     sources, buffers, q_full, q_empty, do_full, do_empty = streamed
     q_source, do_source, lse_source, delta_source = sources
@@ -194,13 +204,13 @@ def load_rows(keys, streamed, tables, counts, META: gl.constexpr):
     j = gl.to_tensor(0)
     for n in range(turns(items)):
         for SIDE in gl.static_range(2):
-            line, b, hk, key = locate(item_of(n), lines, units, kv_heads, SIDE, META)
+            line, unit, key, member, members, _slot = locate_part(item_of(n), parts, lines, units, SIDE, META)
+            b, hk = unit // kv_heads, unit % kv_heads
             mbarrier.wait(own_empty.index(SIDE), (n & 1) ^ 1)
             for i in gl.static_range(2):
                 mbarrier.expect(own_full.index(SIDE), own_sources[i].block_type.nbytes)
                 tma_load(own_sources[i], [b, key, hk, 0], own_full.index(SIDE), own_buffers[i].index(SIDE))
-        for member in range(group):
-            h = hk * group + member
+        for h in range(hk * group + member, hk * group + member + members):
             line_of_head = b * kv_heads * group + h
             for r in range(gl.load(line + 1), gl.load(line + 3)):
                 begin = gl.load(runs + 2 * r)
@@ -254,21 +264,29 @@ def dkv_step(dk, dv, j, first, own, around, MASKED: gl.constexpr, META: gl.const
 
 
 @gluon.jit
+def store_sums(base, first, x):
+    """Write float32 rows ``first`` and on."""
+    rows = gl.arange(0, x.shape[0], layout=gl.SliceLayout(1, x.type.layout))
+    columns = gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, x.type.layout))
+    gl.store(at(base, first, x.shape[1]) + rows[:, None] * x.shape[1] + columns[None, :], x)
+
+
+@gluon.jit
 def compute_dkv(keys_of_items, around, results, counts, SIDE: gl.constexpr, META: gl.constexpr):
     """A group of four warps: dk and dv of its own keys of every item."""
     _, buffers, own_full, own_empty = keys_of_items
     k_buffer, v_buffer = buffers
     _, tables, sizes = around
-    DK, DV = results
+    DK, DV, DK_SUMS, DV_SUMS, parts = results
     lines, runs, starts, stops = tables
-    units, kv_heads, group, items = counts
+    units, kv_heads, _, items = counts
     tk, _, _, _, scale = sizes
     OWN: gl.constexpr = META.value.own
     DIM: gl.constexpr = META.value.dim
     VALUE_DIM: gl.constexpr = META.value.value_dim
     j = gl.to_tensor(0)
     for n in range(turns(items)):
-        line, b, hk, key = locate(item_of(n), lines, units, kv_heads, SIDE, META)
+        line, unit, key, _member, members, slot = locate_part(item_of(n), parts, lines, units, SIDE, META)
         keys = key + gl.arange(0, OWN, layout=gl.SliceLayout(1, META.value.scores))
         held = keep_intervals(starts, stops, keys, tk, META.value.kept, True)
         dk = gl.full([OWN, DIM], 0.0, gl.float32, META.value.product(DIM))
@@ -278,7 +296,7 @@ def compute_dkv(keys_of_items, around, results, counts, SIDE: gl.constexpr, META
         own = (k, v, keys, held)
         full, partial, end = gl.load(line + 4), gl.load(line + 2), gl.load(line + 3)
         mbarrier.wait(own_full.index(SIDE), n & 1)
-        for _member in range(group):
+        for _m in range(members):
             for _full in range(full):
                 dk, dv = dkv_step(dk, dv, j, 0, own, around, False, META)
                 j += 1
@@ -288,12 +306,18 @@ def compute_dkv(keys_of_items, around, results, counts, SIDE: gl.constexpr, META
                     first = block * META.value.block
                     dk, dv = dkv_step(dk, dv, j, first, own, around, True, META)
                     j += 1
-        k.store((dk * scale).to(DK.dtype))  # where the keys were: every product has read them
-        v.store(dv.to(DV.dtype))
-        fence_async_shared()
-        tma_store(DK, [b, key, hk, 0], k_buffer.index(SIDE))
-        tma_store(DV, [b, key, hk, 0], v_buffer.index(SIDE))
-        tma.store_wait(0)
+        if slot < 0:
+            k.store((dk * scale).to(DK.dtype))  # where the keys were: every product has read them
+            v.store(dv.to(DV.dtype))
+            fence_async_shared()
+            where = [unit // kv_heads, key, unit % kv_heads, 0]
+            tma_store(DK, where, k_buffer.index(SIDE))
+            tma_store(DV, where, v_buffer.index(SIDE))
+            tma.store_wait(0)
+        else:
+            first = ((slot * units + unit) * 2 + SIDE) * OWN
+            store_sums(DK_SUMS, first, dk * scale)
+            store_sums(DV_SUMS, first, dv)
         mbarrier.arrive(own_empty.index(SIDE), count=1)
 
 
@@ -301,12 +325,15 @@ def compute_dkv(keys_of_items, around, results, counts, SIDE: gl.constexpr, META
 def dkv_kernel(
     DK,
     DV,
+    DK_SUMS,
+    DV_SUMS,
     DOUT,
     Q,
     K,
     V,
     LSE,
     DELTA,
+    parts,
     lines,
     runs,
     starts,
@@ -324,8 +351,9 @@ def dkv_kernel(
 ):
     """``DK [b, tk, kv_heads, D]`` and ``DV``, summed over the query heads of each group; ``LSE`` and
     ``DELTA`` are ``hopper.row_source``. The table is that of the transposed mask, its lines of twice
-    ``META.own`` keys; an item is a line for one of ``units``, a key/value head of one sequence of the batch.
-    """
+    ``META.own`` keys; an item is one of the ``parts`` (``plan.Parts``) for one of ``units``, a key/value head
+    of one sequence of the batch. Parts with a slot leave their sums in ``DK_SUMS [slots, units, 2 * own, D]``
+    and ``DV_SUMS``."""
     STAGES: gl.constexpr = META.value.stages
     BLOCK: gl.constexpr = META.value.block
     OWN: gl.constexpr = META.value.own
@@ -347,11 +375,12 @@ def dkv_kernel(
     tables = (lines, runs, starts, stops)
     counts = (units, heads // group, group, items)
     around = (streamed, tables, (tk, intervals, scale_log2, cap_log2, scale))
+    results = (DK, DV, DK_SUMS, DV_SUMS, parts)
     gl.warp_specialize(
         [
-            (compute_dkv, (keys, around, (DK, DV), counts, 0, META)),
-            (compute_dkv, (keys, around, (DK, DV), counts, 1, META)),
-            (load_rows, (keys, streamed, tables, counts, META)),
+            (compute_dkv, (keys, around, results, counts, 0, META)),
+            (compute_dkv, (keys, around, results, counts, 1, META)),
+            (load_rows, (keys, streamed, parts, tables, counts, META)),
         ],
         WORKERS,
         REGISTERS,

@@ -31,6 +31,7 @@ from lcab_plugin.kernels.triton.hopper import (
     wait_full,
 )
 
+PLACES = gl.constexpr(2)  # tiles of queries a group: those of the next item come meanwhile
 COUNTS = ("units", "heads", "group", "items", "tq", "intervals")
 
 
@@ -60,22 +61,22 @@ def softmax(s, m, total, first, own, tables, sizes, MASKED: gl.constexpr, META: 
     _, rows, held = own
     _, _, starts, stops = tables
     tq, intervals, scale_log2, cap_log2 = sizes
-    if META.value.softcap or MASKED:
-        s, _ = logits(s, scale_log2, cap_log2, META.value.softcap)
-        if MASKED:
-            keys = first + gl.arange(0, META.value.block, layout=gl.SliceLayout(0, META.value.scores))
-            start0, stop0, start1, stop1 = held
-            seen = visible(
-                keys, start0, stop0, start1, stop1, starts, stops, rows, tq, intervals, META.value.kept
-            )
-            s = gl.where(seen, s, float("-inf"))
-        m_new = gl.maximum(m, gl.max(s, 1))
+    scale = scale_log2  # folds into one fused multiply-add with the subtraction
+    if META.value.softcap:
+        s, _ = logits(s, scale_log2, cap_log2, True)
+        scale = 1.0
+    if MASKED:
+        keys = first + gl.arange(0, META.value.block, layout=gl.SliceLayout(0, META.value.scores))
+        start0, stop0, start1, stop1 = held
+        seen = visible(
+            keys, start0, stop0, start1, stop1, starts, stops, rows, tq, intervals, META.value.kept
+        )
+        s = gl.where(seen, s, float("-inf"))
+    m_new = gl.maximum(m, gl.max(s, 1) * scale)
+    shift = m_new
+    if MASKED:
         shift = gl.where(m_new == float("-inf"), 0.0, m_new)
-        p = gl.exp2(s - shift[:, None])
-    else:  # scaling folds into one fused multiply-add with the subtraction
-        m_new = gl.maximum(m, gl.max(s, 1) * scale_log2)
-        shift = m_new
-        p = gl.exp2(s * scale_log2 - shift[:, None])
+    p = gl.exp2(s * scale - shift[:, None])
     alpha = gl.exp2(m - shift)
     return p, m_new, total * alpha + gl.sum(p, 1), alpha
 
@@ -130,24 +131,33 @@ def compute(queries, around, results, counts, SIDE: gl.constexpr, META: gl.const
     j = gl.to_tensor(0)
     for n in range(turns(items)):
         line, b, h, row = locate(item_of(n), lines, units, heads, SIDE, META)
-        begin, partial, end = gl.load(line + 1), gl.load(line + 2), gl.load(line + 3)
+        begin, partial, end, full = (
+            gl.load(line + 1),
+            gl.load(line + 2),
+            gl.load(line + 3),
+            gl.load(line + 4),
+        )
         rows = row + gl.arange(0, OWN, layout=EACH_ROW)
         acc = gl.full([OWN, META.value.value_dim], 0.0, gl.float32, OUTPUT)
         m = gl.full([OWN], float("-inf"), gl.float32, EACH_ROW)
         total = gl.full([OWN], 0.0, gl.float32, EACH_ROW)
-        q = q_buffers[0].index(SIDE).reshape([OWN, META.value.dim])
-        mbarrier.wait(q_full.index(SIDE), n & 1)
+        place = SIDE * PLACES + n % PLACES
+        q = q_buffers[0].index(place).reshape([OWN, META.value.dim])
+        mbarrier.wait(q_full.index(place), (n // PLACES) & 1)
         if begin < end:
-            # The first block, with nothing before it; masked, since it may be of either kind.
+            # The first block, with nothing before it.
             own = (q, rows, keep_intervals(starts, stops, rows, tq, META.value.kept, True))
             s = start_scores(q, j, streamed, turn, SIDE, META)
             mbarrier.arrive(turn.index(1 - SIDE), count=1)
             s = warpgroup_mma_wait(0, deps=[s])
             mbarrier.arrive(k_empty.index(j % META.value.stages), count=1)
-            first = gl.load(runs + 2 * begin) * META.value.block
-            p, m, total, _alpha = softmax(s, m, total, first, own, tables, sizes, True, META)
+            if full > 0:
+                p, m, total, _alpha = softmax(s, m, total, 0, own, tables, sizes, False, META)
+            else:
+                first = gl.load(runs + 2 * begin) * META.value.block
+                p, m, total, _alpha = softmax(s, m, total, first, own, tables, sizes, True, META)
             p = gl.convert_layout(p.to(q_sources[0].dtype), WEIGHTS)
-            for _full in range(1, gl.load(line + 4)):
+            for _full in range(1, full):
                 j += 1
                 p, acc, m, total = step(p, acc, m, total, j, 0, own, around, SIDE, False, META)
             for r in range(partial, end):
@@ -161,8 +171,7 @@ def compute(queries, around, results, counts, SIDE: gl.constexpr, META: gl.const
             acc, p = warpgroup_mma_wait(0, deps=[acc, p])
             mbarrier.arrive(v_empty.index(j % META.value.stages), count=1)
             j += 1
-        mbarrier.arrive(q_empty.index(SIDE), count=1)
-
+        mbarrier.arrive(q_empty.index(place), count=1)
         where = [b, row, h, 0]
         finish(acc, m, total, where, rows, at(LSE, b * heads + h, tq), tq, out_target, out_buffer.index(SIDE))
     tma.store_wait(0)
@@ -199,8 +208,8 @@ def forward_kernel(
     OWN: gl.constexpr = META.value.own
     DIM: gl.constexpr = META.value.dim
     VALUE_DIM: gl.constexpr = META.value.value_dim
-    q_buffer = gl.allocate_shared_memory(Q.dtype, [2, 1, OWN, 1, DIM], Q.layout)
-    queries = ((Q,), (q_buffer,), make_barriers(2, 1), make_barriers(2, 1))
+    q_buffer = gl.allocate_shared_memory(Q.dtype, [2 * PLACES, 1, OWN, 1, DIM], Q.layout)
+    queries = ((Q,), (q_buffer,), make_barriers(2 * PLACES, 1), make_barriers(2 * PLACES, 1))
     k_buffer = gl.allocate_shared_memory(K.dtype, [STAGES, 1, BLOCK, 1, DIM], K.layout)
     v_buffer = gl.allocate_shared_memory(V.dtype, [STAGES, 1, BLOCK, 1, VALUE_DIM], V.layout)
     k_full, k_empty = make_barriers(STAGES, 1), make_barriers(STAGES, 2)
@@ -216,7 +225,7 @@ def forward_kernel(
         [
             (compute, (queries, around, results, counts, 0, META)),
             (compute, (queries, around, results, counts, 1, META)),
-            (load_keys, (queries, streamed, tables, counts, META)),
+            (load_keys, (queries, streamed, tables, counts, PLACES, META)),
         ],
         WORKERS,
         REGISTERS,

@@ -66,8 +66,9 @@ def _forward_on_hopper(
 ) -> None:
     from lcab_plugin.kernels.triton import hopper, hopper_forward
 
-    plan, programs, counts, meta = _items(q, k, v, mask, options, config)
-    hopper_forward.forward_kernel[(programs,)](
+    plan, counts, meta = _items(q, k, v, mask, options, config)
+    items = len(plan.lines) * counts[0]
+    hopper_forward.forward_kernel[_programs(items, q)](
         hopper.source(q, meta.own, meta.dim),
         hopper.source(k, meta.block, meta.dim),
         hopper.source(v, meta.block, meta.value_dim),
@@ -75,6 +76,7 @@ def _forward_on_hopper(
         lse,
         *plan.tensors,
         *counts,
+        items,
         q.shape[1],
         plan.intervals,
         *_scales(options),
@@ -91,9 +93,9 @@ def _items(
     options: KernelOptions,
     config: Config,
     by_keys: bool = False,
-) -> tuple[planning.Plan, int, tuple[int, int, int, int], Any]:
-    """Of a launch on Hopper: the plan, how many programs, ``units, heads, group, items`` (of the kernels in
-    ``hopper_forward.py``) and the meta. ``by_keys``: the groups of warps own keys, not rows."""
+) -> tuple[planning.Plan, tuple[int, int, int], Any]:
+    """Of a launch on Hopper: the plan, ``units, heads, group`` (of the kernels in ``hopper_forward.py``) and
+    the meta. ``by_keys``: the groups of warps own keys, not rows."""
     from lcab_plugin.kernels.triton import hopper
 
     b, _, heads, d = q.shape
@@ -103,7 +105,6 @@ def _items(
     lines = config.keys if by_keys else config.rows
     block = config.rows if by_keys else config.keys
     plan = planning.plan(mask, lines if paired else 2 * lines, block, q.device, transposed=by_keys)
-    items = len(plan.lines) * units
     meta = hopper.Meta(
         paired,
         block,
@@ -114,7 +115,12 @@ def _items(
         padded(v.shape[-1]),
         lines,
     )
-    return plan, min(items, _multiprocessors(q.device)), (units, heads, group, items), meta
+    return plan, (units, heads, group), meta
+
+
+def _programs(items: int, x: Tensor) -> tuple[int]:
+    """The grid: one program a multiprocessor, where there are so many items."""
+    return (min(items, _multiprocessors(x.device)),)
 
 
 def row_sums(dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -241,8 +247,9 @@ def _dq_on_hopper(
 ) -> None:
     from lcab_plugin.kernels.triton import hopper, hopper_backward
 
-    plan, programs, counts, meta = _items(q, k, v, mask, options, config)
-    hopper_backward.dq_kernel[(programs,)](
+    plan, counts, meta = _items(q, k, v, mask, options, config)
+    items = len(plan.lines) * counts[0]
+    hopper_backward.dq_kernel[_programs(items, q)](
         hopper.source(dq, meta.own, meta.dim),
         hopper.source(dout, meta.own, meta.value_dim),
         hopper.source(q, meta.own, meta.dim),
@@ -252,6 +259,7 @@ def _dq_on_hopper(
         delta,
         *plan.tensors,
         *counts,
+        items,
         q.shape[1],
         lse2.stride(1),
         plan.intervals,
@@ -277,18 +285,28 @@ def _dkv_on_hopper(
 ) -> None:
     from lcab_plugin.kernels.triton import hopper, hopper_backward
 
-    plan, programs, counts, meta = _items(q, k, v, mask, options, config, by_keys=True)
-    hopper_backward.dkv_kernel[(programs,)](
+    plan, counts, meta = _items(q, k, v, mask, options, config, by_keys=True)
+    units, _, group = counts
+    parts = plan.parts(group, units, _multiprocessors(q.device))
+    items = len(parts.table) * units
+    sums = [
+        torch.empty(parts.slots, units, 2 * meta.own, width, dtype=torch.float32, device=q.device)
+        for width in (meta.dim, meta.value_dim)
+    ]
+    hopper_backward.dkv_kernel[_programs(items, q)](
         hopper.source(dk, meta.own, meta.dim),
         hopper.source(dv, meta.own, meta.value_dim),
+        *sums,
         hopper.source(dout, meta.block, meta.value_dim),
         hopper.source(q, meta.block, meta.dim),
         hopper.source(k, meta.own, meta.dim),
         hopper.source(v, meta.own, meta.value_dim),
         hopper.row_source(lse2, meta.block),
         hopper.row_source(delta, meta.block),
+        parts.table,
         *plan.tensors,
         *counts,
+        items,
         k.shape[1],
         plan.intervals,
         *_scales(options),
@@ -296,6 +314,18 @@ def _dkv_on_hopper(
         meta,
         **hopper.LAUNCH,
     )
+    if parts.slots:
+        for target, slots in zip((dk, dv), sums, strict=True):
+            add_parts(target, slots, parts)
+
+
+def add_parts(target: Tensor, sums: Tensor, parts: planning.Parts) -> None:
+    """Write the rows of ``target [b, t, heads, d]`` whose lines are split: the sums of their parts,
+    ``[slots, b * heads, rows of a line, D]``, added in the order of the query heads."""
+    b, _, heads, d = target.shape
+    total = sums.view(parts.split, parts.each, b, heads, *sums.shape[2:]).sum(1)
+    rows = total.permute(1, 0, 3, 2, 4).flatten(1, 2)  # [b, rows of all split lines, heads, D]
+    target.index_copy_(1, parts.rows, rows[:, parts.inside, :, :d].to(target.dtype))
 
 
 def unit_stride(x: Tensor) -> Tensor:

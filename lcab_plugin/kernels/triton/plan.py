@@ -26,7 +26,7 @@ class Plan:
     def __init__(
         self, mask: AttentionMask, rows: int, keys: int, device: torch.device, spare: int = 1
     ) -> None:
-        lines, runs = _table(mask, rows, keys)
+        lines, runs, self.work = _table(mask, rows, keys)
         starts, stops = mask.row_intervals()
         self.intervals = _bucket(len(starts))
         self.kept = self.intervals if self.intervals <= 2 else 0  # intervals held in registers
@@ -39,6 +39,17 @@ class Plan:
         sizes = [part.size for part in parts]
         self.tensors = tuple(x.view(s) for x, s in zip(self.buffer.split(sizes), self.shape, strict=True))
         self.lines = self.tensors[0]
+        self.size = rows, mask.q_len  # of a line, of all of them
+        self.fixed = spare > 1  # another mask's table may take this one's place
+        self._parts: dict[tuple[int, int, int], Parts] = {}
+
+    def parts(self, group: int, units: int, programs: int) -> Parts:
+        """The table's lines dealt to ``programs``, each for ``units`` and for all of ``group`` query heads or
+        some."""
+        key = group, units, programs
+        if key not in self._parts:
+            self._parts[key] = Parts(self, *key)
+        return self._parts[key]
 
     def load(self, other: Plan) -> bool:
         """Take over the table of ``other`` in place, if it fits."""
@@ -50,6 +61,68 @@ class Plan:
         for mine, theirs in zip(self.tensors, other.tensors, strict=True):
             mine[: len(theirs)].copy_(theirs)
         return True
+
+
+class Parts:
+    """Who sums over which query heads, where a line is summed over several.
+
+    A line that every row sees, of keys that all share, can be more than a program's share of the work; such
+    lines are split over their query heads. ``table`` [parts, 4], int32, heaviest first: line, first query
+    head, how many, and the slot for its sum, or -1 where a part is a whole line. The slots of line ``i`` of
+    the ``split`` lines are ``i * each`` to ``(i + 1) * each``; the rows of those lines are ``rows`` [n] of
+    the result, which are rows ``inside`` [n] of all rows of all split lines.
+    """
+
+    def __init__(self, plan: Plan, group: int, units: int, programs: int) -> None:
+        device, work = plan.buffer.device, plan.work
+        heavy, each = (0, 1) if plan.fixed else _split(work, group, units, programs)
+        self.split, self.each = heavy, each
+        # Lines come heaviest first, so those that are split are the first.
+        line = np.concatenate([np.repeat(np.arange(heavy), each), np.arange(heavy, len(work))])
+        count = np.where(line < heavy, group // each, group)
+        slot = np.where(line < heavy, np.arange(len(line)), -1)
+        head = np.where(line < heavy, slot % each * count, 0)
+        table = np.stack([line, head, count, slot], axis=1)
+        order = np.argsort(-work[line] * count, kind="stable")
+        self.table = torch.from_numpy(table[order].astype(np.int32)).to(device)
+        height, length = plan.size
+        rows = plan.lines[:heavy, :1].cpu() * height + torch.arange(height)
+        inside = (rows.ravel() < length).nonzero().ravel()
+        self.rows, self.inside = rows.ravel()[inside].to(device), inside.to(device)
+
+    @property
+    def slots(self) -> int:
+        """Sums that lines which were split leave."""
+        return self.split * self.each
+
+
+_SLOT = 8.0  # blocks that could be computed while a slot is written and read again, by their bytes
+
+
+def _split(work: np.ndarray, group: int, units: int, programs: int) -> tuple[int, int]:
+    """How many of the heaviest lines to split over query heads, and into how many parts each; none unless the
+    program with the most work has a twentieth less of it. ``work``: blocks of each line, descending."""
+    share = work.sum() * group * units / programs
+    best, found = 0.95 * largest_load(work * group, units, programs), (0, 1)
+    for part in (1.0, 0.5, 0.25):  # at most so much of a share
+        heavy = int((work * group > part * share).sum())
+        if not heavy:
+            continue
+        most = work[0] * group / (part * share)
+        each = next(n for n in range(1, group + 1) if group % n == 0 and (n >= most or n == group))
+        parts = np.repeat(work[:heavy] * group / each + _SLOT, each)
+        load = largest_load(np.concatenate([parts, work[heavy:] * group]), units, programs)
+        if load < best:
+            best, found = load, (heavy, each)
+    return found
+
+
+def largest_load(weights: np.ndarray, units: int, programs: int) -> float:
+    """The work of the program with the most, where all go forth and back over the items by their weight, as
+    ``hopper.item_of`` does."""
+    items = np.repeat(np.sort(weights)[::-1], units)
+    turns = np.pad(items, (0, -len(items) % (2 * programs))).reshape(-1, 2, programs)
+    return float((turns[:, 0] + turns[:, 1, ::-1]).sum(axis=0).max())
 
 
 class GraphPlans:
@@ -129,8 +202,9 @@ def _side(mask: AttentionMask, transposed: bool) -> AttentionMask:
     return mask.transposed() if transposed else mask
 
 
-def _table(mask: AttentionMask, rows: int, keys: int) -> tuple[np.ndarray, np.ndarray]:
-    """``lines`` and ``runs``. A FULL block that reaches past the keys becomes PARTIAL: it needs bounds."""
+def _table(mask: AttentionMask, rows: int, keys: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """``lines`` and ``runs``, and the number of blocks of every line. A FULL block that reaches past the keys
+    becomes PARTIAL: it needs bounds."""
     blocks = mask.block_map(rows, keys)
     line = np.repeat(np.arange(blocks.shape[0]), np.diff(blocks.offsets))
     first, length, kind = blocks.first, blocks.length, blocks.kind
@@ -154,7 +228,8 @@ def _table(mask: AttentionMask, rows: int, keys: int) -> tuple[np.ndarray, np.nd
     work = np.bincount(line, weights=length, minlength=blocks.shape[0])
     inner = np.bincount(line, weights=length * (kind == FULL), minlength=blocks.shape[0])
     lines = np.stack([np.arange(blocks.shape[0]), begin, full, end, inner], axis=1)
-    return lines[np.argsort(-work, kind="stable")], np.stack([first, length], axis=1).reshape(-1, 2)
+    order = np.argsort(-work, kind="stable")
+    return lines[order], np.stack([first, length], axis=1).reshape(-1, 2), work[order]
 
 
 def _bucket(n: int) -> int:
