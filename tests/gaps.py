@@ -38,7 +38,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "backward": {"needs_backward": True},
     "deterministic backward": {"needs_backward": True, "deterministic": True},
     "soft cap": {"softcap": 30.0},
-    "half the value head_dim": {"narrow": True},
+    "half the value head_dim": {"narrow": True, "needs_backward": True},
 }
 AXES = {
     "masks": tuple(MASKS),

@@ -22,8 +22,14 @@ class Trace:
 
 @dataclass(frozen=True)
 class Deviations:
-    """Relative deviations: the largest of the first ten steps, of the steps after them (0 if there are none),
-    and of one parameter's gradient at step 0 (norm of the difference over norm of the baseline's)."""
+    """Relative deviations: the largest of the first ten steps, what nine in ten of the steps after them do not
+    exceed (0 if there are none), and that of one parameter's gradient at step 0 (norm of the difference over
+    norm of the baseline's).
+
+    Nine in ten, since by then right runs part at single batches: of 125M parameters in bf16 on an H200, the
+    losses of three kernels and of float32 lay up to 11% apart at one batch of repeated text, and within 1.1%
+    at every other step.
+    """
 
     loss: float
     loss_later: float
@@ -47,7 +53,7 @@ class Budget:
     def __str__(self) -> str:
         return (
             f"{self.source}. Relative deviations that pass: loss {self.loss:.1e} in the first {FIRST} steps, "
-            f"{self.loss_later:.1e} after them; gradient norm {self.grad_norm:.1e}, then "
+            f"{self.loss_later:.1e} in nine of ten after them; gradient norm {self.grad_norm:.1e}, then "
             f"{self.grad_norm_later:.1e}; each parameter's gradient at step 0 {self.gradient:.1e}"
         )
 
@@ -64,11 +70,17 @@ def twice(from_fp32: Deviations) -> Budget:
     of their rounding. Kernel sdpa_math, or one rank instead of two, moved step-0 gradients by 5e-3 and losses
     by 4e-5, where context parallelism, which shards the rows, moved them by 1.2e-2 and 1.3e-4; but each of
     those runs was 9e-3 to 1.0e-2 and 8e-4 to 9e-4 away from float32: none is less exact than another.
-    After ten steps the bound is ten times as wide, as in fp32: by then two right runs have drifted apart.
+    After ten steps two right runs have drifted apart, as those two baselines have: four times as far passes.
     """
     d = from_fp32
-    source = "bf16: 2x what the baseline differs by from the same run in fp32, 20x after ten steps"
-    return Budget(2 * d.loss, 20 * d.loss, 2 * d.grad_norm, 20 * d.grad_norm, 2 * d.gradient, source)
+    return Budget(
+        loss=2 * d.loss,
+        loss_later=max(2 * d.loss, 4 * d.loss_later),
+        grad_norm=2 * d.grad_norm,
+        grad_norm_later=max(2 * d.grad_norm, 4 * d.grad_norm_later),
+        gradient=2 * d.gradient,
+        source="bf16: 2x what the baseline differs by from the same run in fp32, 4x after ten steps",
+    )
 
 
 def different_runs(baseline: Trace, run: Trace, steps: int) -> list[str]:
@@ -123,9 +135,9 @@ def deviations(baseline: Trace, run: Trace) -> Deviations:
     worst = max(gradients, key=lambda name: gradients[name])
     return Deviations(
         loss=max(relative["loss"][:FIRST]),
-        loss_later=max(relative["loss"][FIRST:], default=0.0),
+        loss_later=_most(relative["loss"][FIRST:]),
         grad_norm=max(relative["grad_norm"][:FIRST]),
-        grad_norm_later=max(relative["grad_norm"][FIRST:], default=0.0),
+        grad_norm_later=_most(relative["grad_norm"][FIRST:]),
         gradient=gradients[worst],
         parameter=worst,
     )
@@ -150,6 +162,11 @@ def over_budget(found: Deviations, budget: Budget) -> list[str]:
 
 def _relative(value: float, baseline: float) -> float:
     return 0.0 if value == baseline else abs(value - baseline) / abs(baseline) if baseline else math.inf
+
+
+def _most(values: list[float]) -> float:
+    """The smallest that nine in ten do not exceed."""
+    return sorted(values)[math.ceil(0.9 * len(values)) - 1] if values else 0.0
 
 
 def _gradient(gradient: Tensor, baseline: Tensor) -> float:

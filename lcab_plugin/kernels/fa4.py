@@ -111,8 +111,8 @@ def _unsupported_on_hopper(q: Tensor, k: Tensor, v: Tensor, needs_backward: bool
             return f"{name} must be a multiple of 8 up to 256, not {size}"
     if needs_backward and value_dim != dim and q.shape[2] != k.shape[2]:
         return (
-            f"on Hopper its backward with grouped heads needs equal head_dims, not {dim} with {value_dim} "
-            "for values"
+            f"on Hopper its backward with grouped heads needs equal head_dims, not {dim} with value head_dim "
+            f"{value_dim}"
         )
     return None
 

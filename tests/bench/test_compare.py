@@ -42,6 +42,20 @@ def test_rounding_passes() -> None:
     assert found.gradient == pytest.approx(5e-6, rel=0.05)
 
 
+def test_runs_that_part_at_a_few_late_batches_pass() -> None:
+    """Nine in ten late steps count, and one more is a difference."""
+    baseline, run = (
+        Trace([{**trace().steps[0], "step": i, "batch_digest": str(i)} for i in range(30)], trace().gradients)
+        for _ in range(2)
+    )
+    for step in (12, 29):
+        run.steps[step]["loss"] *= 1.1
+    assert over_budget(deviations(baseline, run), FP32) == []
+    run.steps[20]["loss"] *= 1.1
+    (found,) = over_budget(deviations(baseline, run), FP32)
+    assert "loss after step 9 deviates by 1.0e-01" in found
+
+
 @pytest.mark.parametrize(
     ("step", "key", "factor", "words"),
     [
@@ -106,10 +120,10 @@ def test_a_gradient_that_should_be_zero() -> None:
 
 
 def test_the_budget_of_a_low_precision_is_twice_the_baselines_own_error() -> None:
-    budget = twice(Deviations(1e-3, 4e-3, 1e-2, 5e-3, 3e-3, "key.weight"))
-    at_the_edge = Deviations(2e-3, 2e-3, 2e-2, 2e-2, 6e-3, "key.weight")
+    budget = twice(Deviations(1e-3, 4e-3, 1e-2, 4e-3, 3e-3, "key.weight"))
+    at_the_edge = Deviations(2e-3, 1.6e-2, 2e-2, 2e-2, 6e-3, "key.weight")
     assert over_budget(at_the_edge, budget) == []
-    for name in ("loss", "grad_norm", "gradient"):
+    for name in ("loss", "loss_later", "grad_norm", "grad_norm_later", "gradient"):
         found = over_budget(
             Deviations(**{**vars(at_the_edge), name: getattr(at_the_edge, name) * 1.01}), budget
         )

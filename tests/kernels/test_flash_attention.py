@@ -389,7 +389,7 @@ ASKED = [
     Asked("fa3", "value head_dim 64 does not go with head_dim 128", value_dim=64),
     Asked("fa3", "deterministic backward has head_dims up to 192", dim=256),
     Asked("fa3", None, dim=256, deterministic=False),
-    Asked("fa4", "needs equal head_dims, not 192 with 128", dim=192, value_dim=128),
+    Asked("fa4", "needs equal head_dims, not 192 with value head_dim 128", dim=192, value_dim=128),
     Asked("fa4", None, dim=192, value_dim=128, kv_heads=4),
     Asked("fa4", None, dim=192, value_dim=128, backward=False),
     Asked("fa4", None, dim=192, value_dim=128, capability=BLACKWELL),
