@@ -22,7 +22,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Deviations:
-    """Relative deviations: the largest of the first ten steps, what nine in ten of the steps after them do not
+    """Relative deviations: the largest of the first ten steps, what nine in ten of the later steps do not
     exceed (0 if there are none), and that of one parameter's gradient at step 0 (norm of the difference over
     norm of the baseline's).
 

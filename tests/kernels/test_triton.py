@@ -158,7 +158,7 @@ def test_split_lines_are_added_up():
 
     b, heads, length, d = 2, 3, 700, 5
     plan = Plan(masks.full(length), 64, 32, torch.device("cpu"))
-    parts = plan.parts(4, b * heads, 1000)
+    parts = plan.parts(32, b * heads, 1000)
     assert int(parts.rows.max()) == length - 1
     sums = torch.randn(parts.slots, b * heads, 64, 8)
     target = torch.zeros(b, length, heads, d)

@@ -105,8 +105,8 @@ def _specialised(which: str, width: int, dtype: str, config: Config) -> Any:
     constants = {"META": hopper.Meta(not by_keys, block, config.stages, 1, False, width, width, own)}
     descriptors = {}
     for names, n in ((("K", "V", "DK", "DV"), config.keys), (("Q", "OUT", "DOUT", "DQ"), config.rows)):
-        shape = [1, n, 1, width]
-        descriptors |= dict.fromkeys(names, f"tensordesc<{dtype}{shape},{hopper.tile_layout(shape)!r}>")
+        layout = hopper.tile_layout(n, width)
+        descriptors |= dict.fromkeys(names, f"tensordesc<{dtype}{[1, n, 1, width]},{layout!r}>")
     if by_keys:
         numbers = f"tensordesc<fp32{[1, block]},{hopper.row_layout()!r}>"
         descriptors |= {"LSE": numbers, "DELTA": numbers}

@@ -14,6 +14,7 @@ called.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 from torch import Tensor
 from triton.experimental import gluon
@@ -69,13 +70,13 @@ class Meta:
 def source(x: Tensor, rows: int, dim: int) -> TensorDescriptor:
     """A tensor ``[b, t, h, d]`` of 16-bit numbers as a kernel reads and writes ``rows`` rows of a head,
     ``dim`` wide: zeros past its ends."""
-    block = [1, rows, 1, dim]
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, tile_layout(block))
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, 1, dim], tile_layout(rows, dim))
 
 
-def tile_layout(block: list[int]) -> gl.NVMMASharedLayout:
-    """Where a block lies in shared memory; alike for both 16-bit types."""
-    return gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
+@cache  # since the host starts launches no faster than it describes their tensors
+def tile_layout(rows: int, dim: int) -> gl.NVMMASharedLayout:
+    """Where a block of rows lies in shared memory; alike for both 16-bit types."""
+    return gl.NVMMASharedLayout.get_default_for([1, rows, 1, dim], gl.bfloat16)
 
 
 def row_source(x: Tensor, rows: int) -> TensorDescriptor:
@@ -84,6 +85,7 @@ def row_source(x: Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(x, [b * h, t], [x.stride(1), 1], [1, rows], row_layout())
 
 
+@cache
 def row_layout() -> gl.NVMMASharedLayout:
     """Where a block of numbers, one a row, lies in shared memory."""
     return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)

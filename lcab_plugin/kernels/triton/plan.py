@@ -39,7 +39,7 @@ class Plan:
         sizes = [part.size for part in parts]
         self.tensors = tuple(x.view(s) for x, s in zip(self.buffer.split(sizes), self.shape, strict=True))
         self.lines = self.tensors[0]
-        self.size = rows, mask.q_len  # of a line, of all of them
+        self.blocks, self.size = lines[:, 0], (rows, mask.q_len)  # and the rows of a line, of all of them
         self.fixed = spare > 1  # another mask's table may take this one's place
         self._parts: dict[tuple[int, int, int], Parts] = {}
 
@@ -86,9 +86,9 @@ class Parts:
         order = np.argsort(-work[line] * count, kind="stable")
         self.table = torch.from_numpy(table[order].astype(np.int32)).to(device)
         height, length = plan.size
-        rows = plan.lines[:heavy, :1].cpu() * height + torch.arange(height)
-        inside = (rows.ravel() < length).nonzero().ravel()
-        self.rows, self.inside = rows.ravel()[inside].to(device), inside.to(device)
+        rows = (plan.blocks[:heavy, None] * height + np.arange(height)).ravel()
+        inside = np.flatnonzero(rows < length)
+        self.rows, self.inside = (torch.from_numpy(x).to(device) for x in (rows[inside], inside))
 
     @property
     def slots(self) -> int:
@@ -96,14 +96,17 @@ class Parts:
         return self.split * self.each
 
 
-_SLOT = 8.0  # blocks that could be computed while a slot is written and read again, by their bytes
+# In blocks that a program computes in that time, about a microsecond each:
+_SLOT = 8.0  # to write a slot and read it again, by their bytes
+_SUMS = 100.0  # to start the few operations that add slots up
 
 
 def _split(work: np.ndarray, group: int, units: int, programs: int) -> tuple[int, int]:
     """How many of the heaviest lines to split over query heads, and into how many parts each; none unless the
     program with the most work has a twentieth less of it. ``work``: blocks of each line, descending."""
     share = work.sum() * group * units / programs
-    best, found = 0.95 * largest_load(work * group, units, programs), (0, 1)
+    whole = largest_load(work * group, units, programs)
+    best, found = min(0.95 * whole, whole - _SUMS), (0, 1)
     for part in (1.0, 0.5, 0.25):  # at most so much of a share
         heavy = int((work * group > part * share).sum())
         if not heavy:
