@@ -39,7 +39,8 @@ class Plan:
         sizes = [part.size for part in parts]
         self.tensors = tuple(x.view(s) for x, s in zip(self.buffer.split(sizes), self.shape, strict=True))
         self.lines = self.tensors[0]
-        self.blocks, self.size = lines[:, 0], (rows, mask.q_len)  # and the rows of a line, of all of them
+        self.blocks = lines[:, 0].astype(np.int64)
+        self.size = rows, mask.q_len  # of a line, of all of them
         self.fixed = spare > 1  # another mask's table may take this one's place
         self._parts: dict[tuple[int, int, int], Parts] = {}
 
