@@ -27,8 +27,8 @@ class Deviations:
     norm of the baseline's).
 
     Nine in ten, since by then right runs part at single batches: of 125M parameters in bf16 on an H200, the
-    losses of three kernels and of float32 lay up to 11% apart at one batch of repeated text, and within 1.1%
-    at every other step.
+    losses of three kernels and of float32 lay up to 11% apart at one batch, and within 1.1% at every other
+    step.
     """
 
     loss: float

@@ -1,7 +1,8 @@
 """Costs of kernels by the GPU they were measured on, in the order and units of `speeds.COSTS`, fitted as
-`lcab plan --calibrate` does to the records in docs/results: of one NVIDIA H200 (700 W) to 2026-11-28-h200, of
-one H100 80GB SXM (700 W) to 2026-11-23-h100 (kernels.jsonl, and with_fa4.jsonl for `fa4`). The H100's records
-of `triton` and `cudnn` are of these kernels before they became faster. A test fits all again and compares.
+`lcab plan --calibrate` does to the records in docs/results: of one NVIDIA H200 (700 W) to 2026-11-29-h200
+from 2,048 tokens (shorter calls waited for that machine's host), of one H100 80GB SXM (700 W) to
+2026-11-23-h100 (kernels.jsonl, and with_fa4.jsonl for `fa4`). The H100's records of `triton` and `cudnn` are
+of these kernels before they became faster. A test fits all again and compares.
 """
 
 from lcab_plugin.planner.speeds import Speed
@@ -10,18 +11,23 @@ from lcab_plugin.planner.speeds import Speed
 MEASURED: dict[str, dict[str, Speed]] = {
     "H200": {
         "cudnn": Speed(
-            (0, 2.976e-05, 1.669e-15, 1.21e-15, 0, 0, 1.312e-12),
-            (0, 9.206e-05, 1.901e-15, 4.934e-15, 2e-15, 0, 1.629e-12),
+            (0, 5.027e-05, 1.683e-15, 5.145e-16, 1.773e-18, 0, 1.177e-12),
+            (0, 0.0001488, 1.965e-15, 4.215e-15, 1.998e-15, 0, 1.454e-12),
+            "measured on H200",
+        ),
+        "fa4": Speed(
+            (0, 6.17e-05, 1.439e-15, 1.553e-15, 0, 0, 1.196e-12),
+            (0, 0.0001333, 1.604e-15, 3.26e-15, 2.754e-18, 0, 1.164e-12),
             "measured on H200",
         ),
         "sdpa_flash": Speed(
-            (0, 2.76e-05, 2.911e-15, 5.498e-15, 1.88e-18, 0, 1.283e-12),
-            (0, 8.577e-05, 3.342e-15, 4.564e-15, 0, 0, 1.441e-12),
+            (0, 7.163e-05, 2.961e-15, 1.97e-15, 2.535e-17, 0, 1.075e-12),
+            (0, 0.0001349, 3.345e-15, 4.29e-15, 0, 0, 1.268e-12),
             "measured on H200",
         ),
         "triton": Speed(
-            (1.203e-05, 0, 1.498e-15, 1.216e-15, 0, 2.583e-13, 0),
-            (1.183e-04, 0, 1.994e-15, 3.041e-16, 0, 3.878e-13, 0),
+            (1.56e-05, 0, 1.428e-15, 1.066e-16, 0, 2.722e-13, 0),
+            (0.0001287, 0, 1.948e-15, 0, 0, 4.14e-13, 0),
             "measured on H200",
         ),
     },
