@@ -82,7 +82,7 @@ def section(cells: dict[str, list[Record]], runs: Iterable[Source]) -> Section |
             Text(
                 "What lcab plan predicts by the speeds that ship with it, beside what was measured; the "
                 "error is relative to the measurement. Speeds were fitted to docs/results/2026-11-29-h200, "
-                "those of fa4 and of an H100's sdpa_flash to 2026-11-23-h100: of these records this is no "
+                "an H100's of fa4 and sdpa_flash to 2026-11-23-h100: of these records this is no "
                 f"test. Where a record does not say how many nodes there were, they are taken to have {GPUS} "
                 "devices."
             )

@@ -12,7 +12,8 @@
 # ALL_SECONDS (525). PYTHON names the interpreter (python3), with lcab_plugin, deepspeed and megatron importable
 # from it; WORLD the number of GPUs; KERNELS those to train with, ours first; ONLY a regular expression that
 # the names of runs must match. ALLOC is PyTorch's allocator configuration for the longest sequences. One GPU
-# trains with strategy none, and with cuDNN too where it can be had: by kernel, framework and ZeRO stage.
+# trains with strategy none, and with cuDNN and FlashAttention 4 where they can be had: by kernel, framework
+# and ZeRO stage.
 # Where there is no GPU the same runs train a tiny model over gloo: a rehearsal, which measures nothing.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -38,7 +39,7 @@ if ((GPUS)); then
     if [[ -z "${KERNELS:-}" ]]; then
         KERNELS=triton,sdpa_flash
         ((WORLD > 1)) || KERNELS+="$("$PYTHON" -c 'from lcab_plugin.kernels import get
-print("" if get("cudnn").unavailable() else ",cudnn")')"
+print(*("," + name for name in ("cudnn", "fa4") if not get(name).unavailable()), sep="")')"
     fi
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}" # first values of the model are copied on the CPU
 else

@@ -337,7 +337,7 @@ def one_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tu
     python.write_text(
         f"""#!/bin/sh
         echo "$@" >> {calls}
-        case "$*" in *device_count*) echo 1 ;; *'get("cudnn")'*) echo ,cudnn ;; esac
+        case "$*" in *device_count*) echo 1 ;; *'unavailable()'*) echo ,cudnn,fa4 ;; esac
         """
     )
     python.chmod(0o755)
@@ -361,7 +361,7 @@ def test_on_one_gpu_training_starts_one_process_and_speed_first(one_gpu):
     assert [call[1] for call in steps] == ["speed", "parity", "longest"]
     for call in steps:
         assert call[call.index("--world") + 1] == "1"
-        assert call[call.index("--kernels") + 1] == "triton,sdpa_flash,cudnn"
+        assert call[call.index("--kernels") + 1] == "triton,sdpa_flash,cudnn,fa4"
 
 
 def test_on_one_gpu_context_parallelism_says_what_it_needs(one_gpu):
