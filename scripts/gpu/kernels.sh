@@ -50,7 +50,8 @@ gpu_tests() {
     tail -n 1 "$OUT/triton.log"
 }
 
-# Shapes that fill no block; every launch of a forward and a backward, specialised (16 bits) and portable (float32).
+# Shapes that fill no block; every launch of a forward and a backward, specialised (16 bits) and portable (float32);
+# a question whose keys are split over query heads.
 sanitize() {
     local tool
     for tool in memcheck racecheck; do
@@ -58,9 +59,14 @@ sanitize() {
 import torch, lcab_plugin as lcab
 from lcab_plugin import masks
 for dim, dtype in ((128, torch.bfloat16), (64, torch.float16), (64, torch.float32)):
-    shapes = ((1, 200, 4, dim), (1, 200, 2, dim), (1, 200, 2, dim))
-    q, k, v = (torch.randn(s, device="cuda", dtype=dtype, requires_grad=True) for s in shapes)
-    for mask in (masks.causal(200), masks.share_question([60, 70, 70]), masks.sliding_window(200, 9, 50)):
+    for mask, heads, kv_heads in (
+        (masks.causal(200), 4, 2),
+        (masks.share_question([60, 70, 70]), 4, 2),
+        (masks.sliding_window(200, 9, 50), 4, 2),
+        (masks.share_question([400, 600, 600]), 8, 1),
+    ):
+        shapes = ((1, mask.q_len, h, dim) for h in (heads, kv_heads, kv_heads))
+        q, k, v = (torch.randn(s, device="cuda", dtype=dtype, requires_grad=True) for s in shapes)
         out = lcab.attention(q, k, v, mask, kernel="triton")
         torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
 torch.cuda.synchronize()' > "$OUT/$tool.log" 2>&1

@@ -104,6 +104,7 @@ HOPPER: dict[tuple[Pass, int], list[Config]] = {
     ("dq", 128): [
         Config(64, 64, 4, 3, True, True),
         Config(64, 64, 4, 3, True, True),
+        Config(64, 128, 4, 2, True, True),
         Config(128, 64, 8, 3, True),
     ],
     ("dq", 256): [
