@@ -60,7 +60,7 @@ class Counts:
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
-        self._base = torch.cuda.memory_allocated(machine.device) if machine.cuda else 0
+        self._base = machine.allocated()
         self.sent: dict[str, int] = {}
         self.memory: dict[str, dict[str, float]] = {}
 
@@ -82,8 +82,7 @@ class Counts:
         if not self._machine.cuda:
             return
         for step, memory in self.memory.items():
-            base = torch.cuda.memory_allocated(self._machine.device)
-            _, alone = held(self._machine, base, partial(recorder.again, step))
+            _, alone = held(self._machine, self._machine.allocated(), partial(recorder.again, step))
             memory["kernels_memory_gib"] = alone["peak_memory_gib"]
             memory["communication_memory_gib"] = max(
                 0.0, memory["peak_memory_gib"] - alone["peak_memory_gib"]

@@ -282,6 +282,7 @@ class Bench:
             out = entry.cp.attend(q, k, v, case.mask, recorder, KernelOptions(case.scale), False)[0]
         return [out.detach(), *(torch.autograd.grad(out, leaves, case.dout) if backward else ())]
 
+    @trial.collector_waits()
     def _count(self, entry: Entry) -> None:
         """Bytes sent and memory of a second call: the first also compared settings and compiled."""
         case = entry.case

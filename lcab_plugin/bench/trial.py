@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,10 @@ class Machine:
                     return 0.5 * int(line.split()[1]) * 1024
         return _ROOM_UNKNOWN
 
+    def allocated(self) -> int:
+        """Bytes that tensors hold; 0 on a CPU, where nobody counts them."""
+        return torch.cuda.memory_allocated(self.device) if self.cuda else 0
+
     def release(self) -> None:
         """Give back what nobody holds any more."""
         gc.collect()
@@ -117,12 +121,25 @@ def call(attend: Attend, case: Case, step: str) -> Callable[[], Any]:
     return both
 
 
+@contextmanager
+def collector_waits() -> Iterator[None]:
+    """What libraries left in reference cycles stays until the end: freed in between, it would be missing from
+    the bytes that were allocated before, over which a peak is told. What is young goes first."""
+    gc.collect(1)
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@collector_waits()
 def first_calls(entry: Entry, case: Case, sample: Sample, machine: Machine) -> None:
     """Run what is open of ``entry`` once, forward and then backward: compiles, checks, counts memory.
 
     What it raises ends the passes concerned: a backward that fails leaves the forward to be measured.
     """
-    base = torch.cuda.memory_allocated(machine.device) if machine.cuda else 0
+    base = machine.allocated()
     for backward in (False, True):
         if not any(backward == (step != "fwd") for step in entry.open()):
             continue
@@ -134,6 +151,7 @@ def first_calls(entry: Entry, case: Case, sample: Sample, machine: Machine) -> N
             entry.end([step for step in entry.open() if not backward or step != "fwd"], ending(error))
         entry.fatal = entry.fatal or not machine.answers()
         machine.release()  # now that the exception no longer holds the tensors of its frames
+        base = min(base, machine.allocated())
 
 
 def _check(entry: Entry, case: Case, sample: Sample, backward: bool, machine: Machine) -> None:

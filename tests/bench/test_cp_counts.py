@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from lcab_plugin.bench.cp_counts import MEMORY, Counts, Recorder
+from lcab_plugin.bench.trial import Machine
 from tests.allocator import Allocator
 
 
@@ -27,9 +27,11 @@ class Kernel:
         self.gpu.take(-3.0)
 
 
-def machine(cuda: bool) -> Any:
-    clock = SimpleNamespace(wait=lambda: None)
-    return SimpleNamespace(cuda=cuda, device=torch.device("cuda" if cuda else "cpu"), clock=clock)
+def machine(cuda: bool) -> Machine:
+    found = Machine("cpu")
+    if cuda:
+        found.cuda, found.device = True, torch.device("cuda")
+    return found
 
 
 def test_communication_is_what_the_kernels_do_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
