@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import gc
 import importlib.util
+import inspect
 import json
 import os
 import sys
@@ -103,9 +104,22 @@ def leave(module: ModuleType, trainer: Any) -> None:
         module.collectives.join = lambda backend, timeout: None
     for part in ("engine", "part", "ddp", "optimizer"):
         trainer.__dict__.pop(part, None)
+    forget_zero3()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def forget_zero3() -> None:
+    """DeepSpeed's ZeRO 3 keeps each model that it trained: in a stack whose root it never pops, and in the
+    cache of a method."""
+    zero = "deepspeed.runtime.zero"
+    if f"{zero}.parameter_offload" not in sys.modules:
+        return
+    sys.modules[f"{zero}.parameter_offload"].FWD_MODULE_STACK.clear()
+    coordinator = sys.modules[f"{zero}.partitioned_param_coordinator"].PartitionedParameterCoordinator
+    method = vars(coordinator)["_PartitionedParameterCoordinator__params_to_release"]  # decorated twice
+    inspect.getclosurevars(method).nonlocals["func"].cache_clear()
 
 
 def held() -> float:

@@ -18,6 +18,7 @@ import torch
 
 from lcab_plugin.bench.launch import launch
 from lcab_plugin.training import records
+from tests.distributed import free_port
 
 SCRIPTS = Path(__file__).parents[2] / "scripts" / "gpu"
 
@@ -370,6 +371,46 @@ def test_on_one_gpu_context_parallelism_says_what_it_needs(one_gpu):
     assert errors.splitlines() == [
         "context parallelism needs 2 GPUs or more, one for each of 2 processes; this machine has 1"
     ]
+
+
+STAYS = """
+import gc, os, sys
+from pathlib import Path
+import training_ranks
+
+script, out, zero = sys.argv[1:]
+module = training_ranks.load(Path(script))
+training_ranks.prepare_quickly(module)
+config = Path(script).parent / "configs" / f"zero{zero}.json"
+flags = ["--seqlen", "64", "--steps", "2", "--global-batch", "1", "--eval-batches", "0", "--out", out]
+for name in ("first", "second"):
+    sys.argv = [script, *flags, "--deepspeed_config", str(config), "--name", name]
+    trainer, job = module.prepare(module.parse_args())
+    module.loop.run(trainer, job)
+    training_ranks.leave(module, trainer)
+    del trainer, job
+    print("models:", sum(isinstance(x, module.GPT) for x in gc.get_objects()), flush=True)
+os._exit(0)  # the process group is left as it is
+"""
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_a_run_leaves_no_model_behind(tmp_path, zero):
+    """What it left would count in the peak memory of the next run of the same process."""
+    pytest.importorskip("deepspeed")
+    script = SCRIPTS.parents[1] / "examples" / "train_gpt.py"
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    ranks |= {"MASTER_PORT": str(free_port()), "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    path = os.pathsep.join([str(SCRIPTS), str(SCRIPTS.parents[1])])
+    done = subprocess.run(
+        [sys.executable, "-c", STAYS, script, tmp_path, str(zero)],
+        env={**os.environ, **ranks, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    found = [line for line in done.stdout.splitlines() if line.startswith("models:")]
+    assert found == ["models: 0", "models: 0"], done.stdout + done.stderr
 
 
 @pytest.mark.nightly
