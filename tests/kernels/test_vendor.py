@@ -15,7 +15,8 @@ from kernels.agreement import disagreement, merged_disagreement
 from torch import Tensor
 
 from lcab_plugin import masks
-from lcab_plugin.kernels import KernelOptions, cudnn_limits, get
+from lcab_plugin.kernels import KernelOptions, cudnn, cudnn_limits, get
+from lcab_plugin.masks.lengths import sample_lengths
 
 MASKS = families()
 TE, FRONTEND = "transformer-engine", "nvidia-cudnn-frontend"
@@ -321,6 +322,17 @@ def test_cudnn_graphs_are_reused(frontend):
         q = torch.randn(1, n, 2, 16, dtype=torch.float64)
         kernel.forward(q, q, q, masks.causal_document(lengths), options)
     assert (graphs.built, graphs.executed) == (2, 4)
+
+
+def test_cudnn_buckets_are_few_and_add_at_most_a_quarter():
+    """Forward and backward of a training run's documents must fit among the graphs that are kept."""
+    buckets = {n: cudnn._bucket(n, 64) for n in range(1, 65537)}
+    assert all(n <= size < n + max(64, n / 4) for n, size in buckets.items())
+    found = set()
+    for step in range(500):
+        lengths = sample_lengths(32768, "pile", step)
+        found.add((cudnn._bucket(len(lengths), 1), cudnn._bucket(max(lengths), 64)))
+    assert 2 * len(found) < cudnn._graph.cache_parameters()["maxsize"] / 8
 
 
 @pytest.mark.parametrize(
