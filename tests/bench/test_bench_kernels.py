@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gc
 import json
 import sys
 from collections.abc import Callable
@@ -14,9 +13,8 @@ import pytest
 import torch
 from cases import families
 
-import lcab_plugin
 from lcab_plugin import kernels, masks
-from lcab_plugin.bench import accuracy, cells, contenders, timing, trial
+from lcab_plugin.bench import cells, contenders, timing, trial
 from lcab_plugin.bench import kernels as bench
 from lcab_plugin.bench.accuracy import Case
 from lcab_plugin.bench.settings import Settings, Shape
@@ -399,25 +397,6 @@ def test_the_command_prints_a_table_and_the_reasons(lcab: Lcab, path: Path) -> N
     assert sorted({record["kernel"] for record in records}) == ["naive", "torch_sdpa"]
     assert len(records) == 4
     assert len(path.with_suffix(".csv").read_text().splitlines()) == 1 + 8
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_the_garbage_collector_waits_while_memory_is_counted(fails: bool) -> None:
-    states = []
-
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        states.append(gc.isenabled())
-        if fails:
-            raise RuntimeError("it does not run")
-        return lcab_plugin.attention(q, k, v, masks.causal(16), kernel="naive")
-
-    q, k, v, dout = (torch.randn(1, 16, heads, 8) for heads in (2, 1, 1, 2))
-    case = Case(q, k, v, dout, masks.causal(16), 8**-0.5)
-    entry = trial.Entry(contenders.find("naive"), ["fwd", "bwd"], attend)
-    trial.first_calls(entry, case, accuracy.sample(case, 0), trial.Machine("cpu"))
-    assert set(states) == {False}
-    assert set(entry.ended) == ({"fwd", "bwd"} if fails else set())
-    assert gc.isenabled()
 
 
 def test_an_interrupted_run_keeps_what_it_measured(

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
 import torch
 
+import lcab_plugin
+from lcab_plugin import masks
+from lcab_plugin.bench import accuracy, contenders, trial
+from lcab_plugin.bench.accuracy import Case
 from lcab_plugin.bench.cp_counts import MEMORY, Counts, Recorder
 from lcab_plugin.bench.trial import Machine
 from tests.allocator import Allocator
@@ -74,3 +79,22 @@ def test_on_a_cpu_only_resident_memory_is_known() -> None:
     counts.split(recorder)
     assert counts.memory["fwd"].keys() <= {"peak_rss_gib"}
     assert all(gib > 0.5 for gib in counts.memory["fwd"].values())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_garbage_collector_waits_while_memory_is_counted(fails: bool) -> None:
+    states = []
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        states.append(gc.isenabled())
+        if fails:
+            raise RuntimeError("it does not run")
+        return lcab_plugin.attention(q, k, v, masks.causal(16), kernel="naive")
+
+    q, k, v, dout = (torch.randn(1, 16, heads, 8) for heads in (2, 1, 1, 2))
+    case = Case(q, k, v, dout, masks.causal(16), 8**-0.5)
+    entry = trial.Entry(contenders.find("naive"), ["fwd", "bwd"], attend)
+    trial.first_calls(entry, case, accuracy.sample(case, 0), Machine("cpu"))
+    assert set(states) == {False}
+    assert set(entry.ended) == ({"fwd", "bwd"} if fails else set())
+    assert gc.isenabled()
