@@ -292,7 +292,7 @@ def _judge(
     else:
         result.problems = different_runs(baseline, trace, settings.steps)
     if baseline is not None and not result.problems:
-        result.deviations = deviations(baseline, trace)
+        result.deviations = deviations(baseline, trace, settings.dtype)
         if cell.role == "fp32 baseline":
             budgets[cell.mask] = twice(result.deviations)
         elif cell.role is None:

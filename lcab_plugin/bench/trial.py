@@ -145,6 +145,7 @@ def first_calls(entry: Entry, case: Case, sample: Sample, machine: Machine) -> N
             continue
         try:
             _check(entry, case, sample, backward, machine)
+            gc.collect(0)  # what that call left; all that is older stays, as `base` counted it
             _count(entry, case, backward, base, machine)
             continue
         except Exception as error:

@@ -5,7 +5,8 @@
 Starting Python, a framework and NCCL takes longer than many of the runs. The runs in the file are of one
 framework: [{"name": ..., "script": ..., "arguments": [...]}, ...]. DEVICES are the GPUs that the ranks share,
 "0,1"; on a CPU they mean nothing. A rank ends at the first failure, with its traceback last, and between two
-runs when more than GIB of a GPU are still held: `training_cells.py` then starts anew with the rest.
+runs when more than GIB of a GPU are still held, or tensors that would count in the peak memory of the next
+run: `training_cells.py` then starts anew with the rest.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ import sys
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+LEFT = 1.0  # GiB of tensors: they would count in the next run's peak memory
 
 
 def main() -> None:
@@ -40,7 +44,7 @@ def main() -> None:
         module.loop.run(trainer, job)
         leave(module, trainer)
         del trainer, job
-        if held() > most:
+        if crowded(most):
             break
     module.collectives.leave()
 
@@ -95,8 +99,6 @@ def prepare_quickly(module: ModuleType) -> None:
 
 def leave(module: ModuleType, trainer: Any) -> None:
     """Take a run down but for the process group of all ranks, which the next one finds."""
-    import torch
-
     if hasattr(trainer, "engine"):
         trainer.engine.destroy()
     else:
@@ -105,35 +107,35 @@ def leave(module: ModuleType, trainer: Any) -> None:
     for part in ("engine", "part", "ddp", "optimizer"):
         trainer.__dict__.pop(part, None)
     forget_zero3()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def forget_zero3() -> None:
     """DeepSpeed's ZeRO 3 keeps each model that it trained: in a stack whose root it never pops, and in the
-    cache of a method."""
+    cache of a method. In a release that has neither, `crowded` finds the model if it is kept elsewhere."""
     zero = "deepspeed.runtime.zero"
-    if f"{zero}.parameter_offload" not in sys.modules:
-        return
-    sys.modules[f"{zero}.parameter_offload"].FWD_MODULE_STACK.clear()
-    coordinator = sys.modules[f"{zero}.partitioned_param_coordinator"].PartitionedParameterCoordinator
-    method = vars(coordinator)["_PartitionedParameterCoordinator__params_to_release"]  # decorated twice
-    inspect.getclosurevars(method).nonlocals["func"].cache_clear()
+    with suppress(AttributeError, KeyError):
+        sys.modules[f"{zero}.parameter_offload"].FWD_MODULE_STACK.clear()
+        coordinator = sys.modules[f"{zero}.partitioned_param_coordinator"].PartitionedParameterCoordinator
+        method = vars(coordinator)["_PartitionedParameterCoordinator__params_to_release"]  # decorated twice
+        inspect.getclosurevars(method).nonlocals["func"].cache_clear()
 
 
-def held() -> float:
-    """GiB of the fullest rank's GPU that the runs so far still occupy."""
+def crowded(most: float) -> bool:
+    """Whether the runs so far occupy more than ``most`` GiB of the fullest rank's GPU, or have left more than
+    ``LEFT`` GiB of tensors."""
     import torch
 
     from lcab_plugin.context_parallel import collectives
 
+    gc.collect()
     if not torch.cuda.is_available():
-        return 0.0
+        return False
+    torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
-    most = float(collectives.all_reduce_max(torch.tensor([(total - free) / 2**30], device="cuda")))
-    print(f"{most:.1f} GiB held between two runs", flush=True)
-    return most
+    ranks = collectives.all_gather_object((total - free, torch.cuda.memory_allocated()))
+    occupied, left = (max(of) / 2**30 for of in zip(*ranks, strict=True))
+    print(f"{occupied:.1f} GiB held between two runs, {left:.1f} of them tensors", flush=True)
+    return occupied > most or left > LEFT
 
 
 if __name__ == "__main__":

@@ -58,12 +58,13 @@ class Parity:
         if self.baseline is None:
             return
         facts = records.read(first)[0]
-        if facts["dtype"] == "fp32":
+        self.dtype = facts["dtype"]
+        if self.dtype == "fp32":
             self.budget = compare.FP32
         elif exact.exists():
             twin = trace(exact.parent)
             if not compare.different_runs(self.baseline, twin, facts["steps"]):
-                self.budget = compare.twice(compare.deviations(self.baseline, twin))
+                self.budget = compare.twice(compare.deviations(self.baseline, twin, self.dtype))
 
     def judge(self, folder: Path, steps: int) -> dict[str, Any]:
         """Deviations, verdict and problems of a run, kept beside its records: gradients are large."""
@@ -82,7 +83,7 @@ class Parity:
         run = trace(folder)
         if problems := compare.different_runs(self.baseline, run, steps):
             return {"verdict": "not comparable", "problems": problems}
-        found = compare.deviations(self.baseline, run)
+        found = compare.deviations(self.baseline, run, self.dtype)
         if folder.name.startswith(self.name):
             exact = folder.name.endswith("-fp32")
             return {**asdict(found), "verdict": "baseline in fp32" if exact else "baseline"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -83,10 +84,15 @@ def test_on_a_cpu_only_resident_memory_is_known() -> None:
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_garbage_collector_waits_while_memory_is_counted(fails: bool) -> None:
-    states = []
+    states, left = [], []
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         states.append(gc.isenabled())
+        if len(states) % 2 == 0:  # memory is counted of every second call: without what the first one left
+            assert left[-1]() is None
+        cycle = {torch.ones(1)}
+        cycle.add(lambda: cycle)  # type: ignore[arg-type]
+        left.append(weakref.ref(next(x for x in cycle if isinstance(x, torch.Tensor))))
         if fails:
             raise RuntimeError("it does not run")
         return lcab_plugin.attention(q, k, v, masks.causal(16), kernel="naive")

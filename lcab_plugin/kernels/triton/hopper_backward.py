@@ -166,6 +166,7 @@ def dq_kernel(
     v_full, v_empty = make_barriers(STAGES, 1), make_barriers(STAGES, 2)
     streamed = (K, V, k_buffer, v_buffer, k_full, k_empty, v_full, v_empty)
     fence_async_shared()
+    # One place for each own tile: with two, as in the forward, Triton 3.6 gave wrong results on an H200.
     sums = (LSE, DELTA, sum_stride)
     tables = (lines, runs, starts, stops)
     counts = (units, heads, group, items)

@@ -66,7 +66,7 @@ def _forward_on_hopper(
 ) -> None:
     from lcab_plugin.kernels.triton import hopper, hopper_forward
 
-    plan, counts, meta = _items(q, k, v, mask, options, config)
+    plan, counts, meta = _setting(q, k, v, mask, options, config)
     items = len(plan.lines) * counts[0]
     hopper_forward.forward_kernel[_programs(items, q)](
         hopper.source(q, meta.own, meta.dim),
@@ -85,7 +85,7 @@ def _forward_on_hopper(
     )
 
 
-def _items(
+def _setting(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -247,7 +247,7 @@ def _dq_on_hopper(
 ) -> None:
     from lcab_plugin.kernels.triton import hopper, hopper_backward
 
-    plan, counts, meta = _items(q, k, v, mask, options, config)
+    plan, counts, meta = _setting(q, k, v, mask, options, config)
     items = len(plan.lines) * counts[0]
     hopper_backward.dq_kernel[_programs(items, q)](
         hopper.source(dq, meta.own, meta.dim),
@@ -285,7 +285,7 @@ def _dkv_on_hopper(
 ) -> None:
     from lcab_plugin.kernels.triton import hopper, hopper_backward
 
-    plan, counts, meta = _items(q, k, v, mask, options, config, by_keys=True)
+    plan, counts, meta = _setting(q, k, v, mask, options, config, by_keys=True)
     units, _, group = counts
     parts = plan.parts(group, units, _multiprocessors(q.device))
     items = len(parts.table) * units
