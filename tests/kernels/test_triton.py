@@ -171,6 +171,23 @@ def test_split_lines_are_added_up():
     torch.testing.assert_close(target, want)
 
 
+def test_heads_go_through_the_table_together_as_far_as_the_cache_reaches(monkeypatch):
+    """All where their keys and values take at most twice the cache, else whole heads that share the units."""
+    from lcab_plugin.kernels.triton import launch
+
+    monkeypatch.setattr(launch, "_cache_size", lambda device: 60 * 2**20)
+    for batch, tokens, heads, each, together in (
+        (1, 16384, 8, 4, 32),  # 64 MiB
+        (1, 32768, 8, 4, 4),  # 16 MiB a head
+        (1, 2**20, 8, 4, 4),
+        (2, 16384, 8, 4, 8),  # 8 MiB a head: three fit, two share 16 evenly
+        (64, 4096, 2, 1, 8),
+        (3, 40960, 1, 3, 9),
+    ):
+        k = torch.empty(batch, tokens, heads, 128, dtype=torch.bfloat16, device="meta")
+        assert launch._together(k, k, batch * heads * each) == together, (batch, tokens)
+
+
 def shape(**change):
     given = {
         "which": "forward",

@@ -146,3 +146,13 @@ def test_specialised_launches_agree_with_portable_ones(heads, dims):
 def test_programs_that_take_many_lines(name, dim):
     """Enough lines that every program takes several, some split over query heads, some whole."""
     agree(4000, 1, (64, 8), (dim, dim), families(4000)[name])
+
+
+@pytest.mark.parametrize("heads", [(6, 3), (3, 3), (6, 2)], ids=["pairs", "mha", "three a group"])
+def test_heads_one_after_another(heads, monkeypatch):
+    """As with more keys than the L2 cache holds: those of one head first, then the next."""
+    from lcab_plugin.kernels.triton import launch
+
+    monkeypatch.setattr(launch, "_cache_size", lambda device: 1)
+    for mask in families(2000).values():
+        agree(2000, 2, heads, (128, 128), mask)

@@ -106,13 +106,17 @@ def turns(items):
 
 
 @gluon.jit
-def locate(item, lines, units, heads, SIDE: gl.constexpr, META: gl.constexpr):
-    """An item's line of the table, batch, head and first own row, of one of the two groups.
+def locate(item, lines, counts, SIDE: gl.constexpr, META: gl.constexpr):
+    """An item's line of the table, batch, head and first own row, of one of the two groups. So many units as
+    ``together`` go through the table side by side, then the next, so that the L2 cache holds what they read.
 
     Looked up when an item's turn comes, not a turn ahead: where a loop carries loaded values on, Triton 3.6
     takes those of the first turn for all (its pass ``TritonLoopAwareCSE``).
     """
-    line, unit = lines + (item // units) * 5, item % units
+    units, heads, _, together, items = counts
+    section = items // units * together  # items of so many units
+    line = lines + item % section // together * 5
+    unit = item // section * together + item % together
     block = gl.load(line)
     if META.value.paired:
         pairs = heads // 2
@@ -152,11 +156,11 @@ def load_keys(own, streamed, tables, counts, PLACES: gl.constexpr, META: gl.cons
     own_sources, own_buffers, own_full, own_empty = own
     k_source, v_source, k_buffer, v_buffer, k_full, k_empty, v_full, v_empty = streamed
     lines, runs, _, _ = tables
-    units, heads, group, items = counts
+    _, _, group, _, items = counts
     j = gl.to_tensor(0)
     for n in range(turns(items)):
         for SIDE in gl.static_range(2):
-            line, b, h, row = locate(item_of(n), lines, units, heads, SIDE, META)
+            line, b, h, row = locate(item_of(n), lines, counts, SIDE, META)
             place = SIDE * PLACES + n % PLACES
             full = own_full.index(place)
             mbarrier.wait(own_empty.index(place), ((n // PLACES) & 1) ^ 1)

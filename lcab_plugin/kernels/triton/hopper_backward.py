@@ -32,7 +32,7 @@ from lcab_plugin.kernels.triton.hopper import (
     wait_full,
 )
 
-COUNTS = ("units", "heads", "group", "items", "tq", "tk", "sum_stride", "intervals")
+COUNTS = ("units", "heads", "group", "together", "items", "tq", "tk", "sum_stride", "intervals")
 
 
 @gluon.jit
@@ -93,13 +93,13 @@ def compute_dq(queries, around, DQ, sums, counts, SIDE: gl.constexpr, META: gl.c
     _, tables, sizes = around
     LSE, DELTA, sum_stride = sums
     lines, runs, starts, stops = tables
-    units, heads, _, items = counts
+    _, heads, _, _, items = counts
     tq, _, _, _, scale = sizes
     OWN: gl.constexpr = META.value.own
     EACH_ROW: gl.constexpr = gl.SliceLayout(1, META.value.scores)
     j = gl.to_tensor(0)
     for n in range(turns(items)):
-        line, b, h, row = locate(item_of(n), lines, units, heads, SIDE, META)
+        line, b, h, row = locate(item_of(n), lines, counts, SIDE, META)
         rows = row + gl.arange(0, OWN, layout=EACH_ROW)
         held = keep_intervals(starts, stops, rows, tq, META.value.kept, True)
         lse = gl.load(at(LSE, b * heads + h, sum_stride) + rows, mask=rows < tq, other=0.0)
@@ -141,6 +141,7 @@ def dq_kernel(
     units,
     heads,
     group,
+    together,
     items,
     tq,
     sum_stride,
@@ -169,7 +170,7 @@ def dq_kernel(
     # One place for each own tile: with two, as in the forward, Triton 3.6 gave wrong results on an H200.
     sums = (LSE, DELTA, sum_stride)
     tables = (lines, runs, starts, stops)
-    counts = (units, heads, group, items)
+    counts = (units, heads, group, together, items)
     around = (streamed, tables, (tq, intervals, scale_log2, cap_log2, scale))
     gl.warp_specialize(
         [

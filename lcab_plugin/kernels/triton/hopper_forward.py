@@ -32,7 +32,7 @@ from lcab_plugin.kernels.triton.hopper import (
 )
 
 PLACES = gl.constexpr(2)  # tiles of queries a group: those of the next item come meanwhile
-COUNTS = ("units", "heads", "group", "items", "tq", "intervals")
+COUNTS = ("units", "heads", "group", "together", "items", "tq", "intervals")
 
 
 @gluon.jit
@@ -122,7 +122,7 @@ def compute(queries, around, results, counts, SIDE: gl.constexpr, META: gl.const
     _, _, _, _, _, k_empty, _, v_empty = streamed
     out_target, out_buffer, LSE = results
     lines, runs, starts, stops = tables
-    units, heads, _, items = counts
+    _, heads, _, _, items = counts
     tq, _, _, _ = sizes
     OWN: gl.constexpr = META.value.own
     OUTPUT: gl.constexpr = META.value.product(META.value.value_dim)
@@ -130,7 +130,7 @@ def compute(queries, around, results, counts, SIDE: gl.constexpr, META: gl.const
     EACH_ROW: gl.constexpr = gl.SliceLayout(1, META.value.scores)
     j = gl.to_tensor(0)
     for n in range(turns(items)):
-        line, b, h, row = locate(item_of(n), lines, units, heads, SIDE, META)
+        line, b, h, row = locate(item_of(n), lines, counts, SIDE, META)
         begin, partial, end, full = (
             gl.load(line + 1),
             gl.load(line + 2),
@@ -191,6 +191,7 @@ def forward_kernel(
     units,
     heads,
     group,
+    together,
     items,
     tq,
     intervals,
@@ -219,7 +220,7 @@ def forward_kernel(
     turn = make_barriers(2, 1)
     fence_async_shared()
     tables = (lines, runs, starts, stops)
-    counts = (units, heads, group, items)
+    counts = (units, heads, group, together, items)
     around = (streamed, turn, tables, (tq, intervals, scale_log2, cap_log2))
     gl.warp_specialize(
         [
