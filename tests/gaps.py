@@ -48,9 +48,11 @@ AXES = {
     "calls": tuple(CALLS),
 }
 # for tensors larger than the product's
+LARGE = "cuDNN's backward indexes with 32 bits, and a tensor of this call has 2^31 elements or more"
 BESIDES = {
     "flex": {"FlexAttention indexes with 32 bits, and a tensor of this call spans 2^31 elements or more"},
-    "cudnn": {"cuDNN's backward indexes with 32 bits, and a tensor of this call has 2^31 elements or more"},
+    "cudnn": {LARGE},
+    "sdpa_cudnn": {LARGE},
 }
 H100 = SimpleNamespace(
     name="NVIDIA H100 80GB HBM3",

@@ -12,6 +12,15 @@ from lcab_plugin.masks import AttentionMask
 DTYPES = (torch.bfloat16, torch.float16)
 
 
+def too_large(q: Tensor, v: Tensor) -> str | None:
+    """Why cuDNN's backward, of the frontend or PyTorch's, is wrong for this call, or None. It gives no error:
+    seen on an H200 (cuDNN 9.19), where the forward is right."""
+    rows = max(x.shape[:-1].numel() for x in (q, v))
+    if rows * max(q.shape[-1], v.shape[-1]) < 2**31:
+        return None
+    return "cuDNN's backward indexes with 32 bits, and a tensor of this call has 2^31 elements or more"
+
+
 def refused(
     q: Tensor, v: Tensor, mask: AttentionMask, options: KernelOptions, needs_backward: bool
 ) -> str | None:
@@ -28,8 +37,8 @@ def refused(
     hopper = not q.is_cuda or torch.cuda.get_device_capability(q.device) == (9, 0)
     if max(d, dv) > 128 and not hopper and (d, dv) != (192, 128):
         return f"head_dim {max(d, dv)} needs a Hopper GPU (compute capability 9.0)"
-    if needs_backward and q.shape[:-1].numel() * max(d, dv) >= 2**31:  # seen wrong, without an error
-        return "cuDNN's backward indexes with 32 bits, and a tensor of this call has 2^31 elements or more"
+    if needs_backward and (reason := too_large(q, v)):
+        return reason
     if reason := too_deep(mask):
         return reason
     return None if q.is_cuda else f"it takes CUDA tensors, not {q.device.type}"

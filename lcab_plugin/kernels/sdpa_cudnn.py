@@ -9,6 +9,7 @@ transformers/cuda/sdp_utils.cpp, torch 2.11 to 2.13, and cudnn-frontend):
 - lse is [b, h, rows, 1], natural, float32.
 - A backward plan is found again by q, k and v alone, though it was built for the strides of ``out``, ``dout``
   and lse too: these are always given contiguous, or a second call would read them wrongly and silently.
+- Its gradients of tensors of 2^31 elements or more are wrong, without an error: refused.
 - One key is not supported, so tiles one key wide are computed here.
 - GQA is native; the backward is not deterministic and torch sets no option for it.
 """
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from lcab_plugin.kernels import tiled
 from lcab_plugin.kernels.contract import Features, KernelOptions, NativeCall
+from lcab_plugin.kernels.cudnn_limits import too_large
 from lcab_plugin.masks import AttentionMask
 
 Grads = tuple[Tensor, Tensor, Tensor]
@@ -73,6 +75,8 @@ class SdpaCudnn:
         for name, dim in (("head_dim", q.shape[-1]), ("value head_dim", v.shape[-1])):
             if dim % 8:
                 return f"{name} must be a multiple of 8, not {dim}"
+        if needs_backward and (reason := too_large(q, v)):
+            return reason
         limit = _largest_head_dim(q, v)
         if max(q.shape[-1], v.shape[-1]) > limit:
             return f"head_dim must be at most {limit} here, not {max(q.shape[-1], v.shape[-1])}"

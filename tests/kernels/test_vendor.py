@@ -13,6 +13,7 @@ from cases import families
 from kernels import bindings, published
 from kernels.agreement import disagreement, merged_disagreement
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lcab_plugin import masks
 from lcab_plugin.kernels import KernelOptions, cudnn, cudnn_limits, get
@@ -401,11 +402,18 @@ def test_bindings_are_read_from_their_source():
     assert record["schema"] == "fwd(Tensor q, Tensor(out!)? out=None) -> (Tensor(out!), Tensor)"
 
 
-def test_cudnn_refuses_gradients_past_2_to_the_31_elements():
-    """Measured on an H200: they are wrong there, without an error; the forward is right."""
-    n, mask = 2**17, masks.causal(2**17)
-    q = torch.empty(1, n, 128, 128, dtype=torch.bfloat16, device="meta")
-    for heads, backward, refused in ((128, True, True), (128, False, False), (127, True, False)):
-        x = q[:, :, :heads]
-        reason = cudnn_limits.refused(x, x, mask, KernelOptions(1.0), backward)
-        assert ("2^31" in str(reason)) is refused
+@pytest.mark.parametrize("name", ["cudnn", "te_fused", "sdpa_cudnn"])
+def test_cudnn_refuses_gradients_past_2_to_the_31_elements(name, monkeypatch):
+    """Measured on an H200, of the frontend and of PyTorch's operator: they are wrong there, without an error;
+    the forward is right."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    n = 2**17
+    with FakeTensorMode():
+        x, fewer, one = (
+            torch.empty(1, n, heads, 128, dtype=torch.bfloat16, device="cuda") for heads in (128, 127, 1)
+        )
+    cells = ((x, x, True, True), (x, x, False, False), (fewer, fewer, True, False), (x, one, True, True))
+    for q, k, backward, refused in cells:
+        reason = get(name).unsupported(q, k, k, masks.causal(n), KernelOptions(1.0), backward)
+        assert ("2^31" in str(reason)) is refused, reason
+    assert cudnn_limits.too_large(one, x)  # few queries, many keys
