@@ -52,6 +52,8 @@ gpu_tests() {
 
 # Shapes that fill no block; every launch of a forward and a backward, specialised (16 bits) and portable (float32);
 # a question whose keys are split over query heads.
+# racecheck reports the byte by which Triton hands idle warps their task (read where a kernel is declared, written there
+# and at its warp_specialize), a barrier of the whole program between: none of those is a race.
 sanitize() {
     local tool
     for tool in memcheck racecheck; do
