@@ -158,6 +158,7 @@ def dq_kernel(
     OWN: gl.constexpr = META.value.own
     DIM: gl.constexpr = META.value.dim
     VALUE_DIM: gl.constexpr = META.value.value_dim
+    # One place for each own tile: with two, as in the forward, Triton 3.6 gave wrong results on an H200.
     q_buffer = gl.allocate_shared_memory(Q.dtype, [2, 1, OWN, 1, DIM], Q.layout)
     do_buffer = gl.allocate_shared_memory(DOUT.dtype, [2, 1, OWN, 1, VALUE_DIM], DOUT.layout)
     queries = ((Q, DOUT), (q_buffer, do_buffer), make_barriers(2, 2), make_barriers(2, 1))
@@ -167,7 +168,6 @@ def dq_kernel(
     v_full, v_empty = make_barriers(STAGES, 1), make_barriers(STAGES, 2)
     streamed = (K, V, k_buffer, v_buffer, k_full, k_empty, v_full, v_empty)
     fence_async_shared()
-    # One place for each own tile: with two, as in the forward, Triton 3.6 gave wrong results on an H200.
     sums = (LSE, DELTA, sum_stride)
     tables = (lines, runs, starts, stops)
     counts = (units, heads, group, together, items)

@@ -122,8 +122,8 @@ def _setting(
 def _together(k: Tensor, v: Tensor, units: int) -> int:
     """How many of ``units`` go through the table side by side. Their programs drift apart, until the L2 cache
     no longer keeps for one what another has read: where the keys and values take more than twice the cache,
-    as many units as half of it serves (14% of the forward's time at 64K tokens and 8 key/value heads on an
-    H200), but those of one key/value head at least."""
+    as many units as half of it serves (an eighth less time of the forward at 64K tokens and 8 key/value heads
+    on an H200), but those of one key/value head at least."""
     heads = k.shape[0] * k.shape[2]
     size = (k.numel() + v.numel()) * k.element_size()
     cache = _cache_size(k.device)
