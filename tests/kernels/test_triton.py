@@ -74,22 +74,24 @@ def test_every_configuration_compiles(cell, resources):
 
 
 def painted(plan: Plan, q_len: int, k_len: int, rows: int, keys: int) -> np.ndarray:
-    """The cells that the kernels would compute: FULL blocks whole, PARTIAL ones where an interval says so."""
+    """The cells that the kernels would compute: FULL blocks whole, PARTIAL ones where an interval says so of
+    those that stay in registers, or else of those that the run is said to reach."""
     lines, runs, starts, stops = (x.numpy() for x in plan.tensors)
     column = np.arange(k_len)
     seen = np.zeros((q_len, k_len), dtype=int)
-    allowed = ((column >= starts[..., None]) & (column < stops[..., None])).any(0)
+    within = (column >= starts[..., None]) & (column < stops[..., None])
     for block, full, partial, end, count in lines:
         assert count == runs[full:partial, 1].sum(), "FULL blocks of the line"
         own = slice(block * rows, (block + 1) * rows)
         for run in range(full, end):
-            first, length = runs[run]
+            first, length, low, high = runs[run]
+            read = slice(0, plan.kept) if plan.kept else slice(low, high)
             span = slice(first * keys, (first + length) * keys)
             if run < partial:
                 assert (first + length) * keys <= k_len, "a FULL block without bounds passes the end"
                 seen[own, span] += 1
             else:
-                seen[own, span] += allowed[own, span]
+                seen[own, span] += within[read, own, span].any(0)
     return seen
 
 
@@ -111,6 +113,31 @@ def test_a_plan_is_its_mask(name, n, rows, keys, data):
         work = [int(plan.tensors[1][a:b, 1].sum()) for _, a, _, b, _ in plan.lines.tolist()]
         assert work == sorted(work, reverse=True), "the heaviest rows start first"
     torch.testing.assert_close(mask.transposed().to_dense(), mask.to_dense().T)
+
+
+@given(
+    q_len=st.integers(1, 90),
+    k_len=st.integers(1, 90),
+    keep=st.sampled_from([0.1, 0.4, 0.8]),
+    cell=st.sampled_from([1, 5, 16]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=200, deadline=None)
+def test_a_plan_of_rows_of_many_intervals_is_its_mask(q_len, k_len, keep, cell, seed):
+    """Though a run reads few of them: in cells at random, where rows beside each other see different keys."""
+    kept = np.random.default_rng(seed).random((-(-q_len // cell), -(-k_len // cell))) < keep
+    dense = torch.from_numpy(kept.repeat(cell, 0).repeat(cell, 1)[:q_len, :k_len])
+    plan = Plan(masks.from_dense(dense), 32, 16, torch.device("cpu"))
+    np.testing.assert_array_equal(painted(plan, q_len, k_len, 32, 16), dense.int().numpy())
+
+
+def test_a_run_reads_the_intervals_that_reach_it():
+    """Of the up to 64 of a row: those of its place, give or take how far the rows of a line differ."""
+    plan = Plan(masks.block_sparse(4096, block=16, keep=0.25, seed=0), 64, 64, torch.device("cpu"))
+    _, runs, starts, _ = (x.numpy() for x in plan.tensors)
+    runs = runs[runs[:, 1] > 0]
+    assert len(starts) == 64
+    assert np.mean((runs[:, 3] - runs[:, 2]) / np.maximum(1, runs[:, 1])) < 2
 
 
 @given(
@@ -211,6 +238,26 @@ def test_a_launch_is_looked_up_by_shape_and_never_by_mask():
     assert tuning.candidates(shape(dtype=torch.float32))[0] == tuning.FLOAT32["forward", 128][0]
     assert tuning.is_dense(masks.causal(4096))
     assert not tuning.is_dense(masks.sliding_window_causal(4096, 128))
+
+
+def test_blocks_chosen_one_by_one_get_lines_of_their_height(monkeypatch):
+    """Where groups of warps share a line, most blocks of 64 would be of one group alone."""
+    monkeypatch.setattr(tuning, "capability", lambda device: (9, 0))
+
+    def lines(mask, which, heads=8, d=128):
+        q, k, v, dout = inputs(mask.q_len, mask.k_len, heads, 1, d, torch.bfloat16, batch=1)
+        config = tuning.choose(which, q, k, v, (dout, q, k, v), mask, KernelOptions(1.0))
+        return config.specialised, config.keys if which == "dkv" else config.rows
+
+    patchy = masks.block_sparse(2048, block=64, keep=0.1, seed=0)
+    for d in (64, 128):
+        assert lines(patchy, "dkv", d=d) == (False, 64)
+        assert lines(masks.block_sparse(2048, block=128, keep=0.1, seed=0), "dkv", d=d)[0]
+        assert lines(masks.share_question([64] * 32), "dkv", d=d)[0]
+    assert lines(patchy, "forward") == (True, 64), "pairs of heads own the same 64 rows"
+    for which in ("forward", "dq"):
+        assert lines(patchy, which, heads=7) == (False, 64)
+        assert lines(masks.causal(2048), which, heads=7)[0]
 
 
 def test_findings_outlive_the_process(tmp_path):

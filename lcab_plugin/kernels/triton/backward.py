@@ -16,6 +16,8 @@ from lcab_plugin.kernels.triton.forward import (
     load_block,
     load_rows,
     logits,
+    reached,
+    run_at,
     store_rows,
     visible,
 )
@@ -95,7 +97,6 @@ def dq_kernel(
     tq,
     tk,
     sum_stride,
-    intervals,
     scale_log2,
     cap_log2,
     scale,
@@ -130,8 +131,9 @@ def dq_kernel(
     for MASKED in tl.static_range(2):  # the FULL runs, then the PARTIAL ones
         start0, stop0, start1, stop1 = keep_intervals(starts, stops, rows, tq, KEPT, MASKED)
         for r in range(tl.load(line + 1 + MASKED), tl.load(line + 2 + MASKED)):
-            begin = tl.load(runs + 2 * r)
-            for block in range(begin, begin + tl.load(runs + 2 * r + 1)):
+            begin, end = run_at(runs, r)
+            span = reached(runs, r)
+            for block in range(begin, end):
                 first = block * BN
                 k = load_block(K, b, hk, k_stride, first, tk, BN, D, DP, MASKED, TMA)
                 v = load_block(V, b, hk, v_stride, first, tk, BN, DV, DVP, MASKED, TMA)
@@ -140,9 +142,7 @@ def dq_kernel(
                 p = tl.exp2(s - lse[:, None])
                 if MASKED:
                     keys = first + tl.arange(0, BN)
-                    seen = visible(
-                        keys, start0, stop0, start1, stop1, starts, stops, rows, tq, intervals, KEPT
-                    )
+                    seen = visible(keys, start0, stop0, start1, stop1, starts, stops, rows, tq, span, KEPT)
                     p = tl.where(seen, p, 0.0)
                 ds = p * (dp - delta[:, None])
                 if SOFTCAP:
@@ -183,7 +183,6 @@ def dkv_kernel(
     tq,
     tk,
     sum_stride,
-    intervals,
     scale_log2,
     cap_log2,
     scale,
@@ -227,8 +226,9 @@ def dkv_kernel(
         for MASKED in tl.static_range(2):  # the FULL runs, then the PARTIAL ones
             start0, stop0, start1, stop1 = keep_intervals(starts, stops, keys, tk, KEPT, MASKED)
             for r in range(tl.load(line + 1 + MASKED), tl.load(line + 2 + MASKED)):
-                begin = tl.load(runs + 2 * r)
-                for block in range(begin, begin + tl.load(runs + 2 * r + 1)):
+                begin, end = run_at(runs, r)
+                span = reached(runs, r)
+                for block in range(begin, end):
                     first = block * BM
                     rows = first + tl.arange(0, BM)
                     q = load_block(Qh, b, h, q_stride, first, tq, BM, D, DP, MASKED, TMA)
@@ -238,7 +238,7 @@ def dkv_kernel(
                     p = tl.exp2(s - lse[None, :])
                     if MASKED:
                         seen = visible(
-                            rows, start0, stop0, start1, stop1, starts, stops, keys, tk, intervals, KEPT
+                            rows, start0, stop0, start1, stop1, starts, stops, keys, tk, span, KEPT
                         )
                         p = tl.where(seen, p, 0.0)
                     dv = dot(p.to(dout.dtype), dout, dv, UPCAST)

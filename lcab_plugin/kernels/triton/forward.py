@@ -15,7 +15,7 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 # Lengths and numbers of heads: Triton would compile anew for each that is 1 or a multiple of 16.
-COUNTS = ("heads", "group", "batch_heads", "tq", "tk", "sum_stride", "intervals")
+COUNTS = ("heads", "group", "batch_heads", "tq", "tk", "sum_stride")
 
 
 @triton.jit
@@ -114,13 +114,30 @@ def keep_intervals(starts, stops, rows, count, KEPT: tl.constexpr, NEEDED: tl.co
 
 
 @triton.jit
-def visible(columns, start0, stop0, start1, stop1, starts, stops, rows, count, intervals, KEPT: tl.constexpr):
-    """Which (row, column) pairs of a block the mask shows, [rows, columns]."""
+def run_at(runs, r):
+    """The first block of a run of the table and the one after its last."""
+    run = runs + 4 * r
+    begin = tl.load(run)
+    return begin, begin + tl.load(run + 1)
+
+
+@triton.jit
+def reached(runs, r):
+    """Which intervals of its rows reach into a run of the table: the first, and the one after the last."""
+    run = runs + 4 * r
+    return tl.load(run + 2), tl.load(run + 3)
+
+
+@triton.jit
+def visible(columns, start0, stop0, start1, stop1, starts, stops, rows, count, span, KEPT: tl.constexpr):
+    """Which (row, column) pairs of a block the mask shows, [rows, columns]; ``span``: of its run, by
+    ``reached``."""
     columns = columns[None, :]
     seen = (columns >= start0[:, None]) & (columns < stop0[:, None])
     if KEPT == 0:
         seen = seen & (columns < 0)
-        for i in range(intervals):
+        low, high = span
+        for i in range(low, high):
             start, stop = load_intervals(starts, stops, i, rows, count)
             seen = seen | ((columns >= start[:, None]) & (columns < stop[:, None]))
     if KEPT == 2:
@@ -163,7 +180,6 @@ def forward_kernel(
     batch_heads,
     tq,
     tk,
-    intervals,
     scale_log2,
     cap_log2,
     BM: tl.constexpr,
@@ -200,8 +216,9 @@ def forward_kernel(
     for MASKED in tl.static_range(2):  # the FULL runs, then the PARTIAL ones
         start0, stop0, start1, stop1 = keep_intervals(starts, stops, rows, tq, KEPT, MASKED)
         for r in range(tl.load(line + 1 + MASKED), tl.load(line + 2 + MASKED)):
-            begin = tl.load(runs + 2 * r)
-            for block in range(begin, begin + tl.load(runs + 2 * r + 1)):
+            begin, end = run_at(runs, r)
+            span = reached(runs, r)
+            for block in range(begin, end):
                 first = block * BN
                 k = load_block(K, b, hk, k_stride, first, tk, BN, D, DP, MASKED, TMA)
                 s = dot(q, tl.trans(k), None, UPCAST)
@@ -210,7 +227,7 @@ def forward_kernel(
                     if MASKED:
                         keys = first + tl.arange(0, BN)
                         seen = visible(
-                            keys, start0, stop0, start1, stop1, starts, stops, rows, tq, intervals, KEPT
+                            keys, start0, stop0, start1, stop1, starts, stops, rows, tq, span, KEPT
                         )
                         s = tl.where(seen, s, float("-inf"))
                     m_new = tl.maximum(m, tl.max(s, 1))

@@ -31,9 +31,16 @@ WORKERS = gl.constexpr((4, 1))  # warps of the second group, and of the one that
 # A thread of theirs may use so many registers; those of the first group get what is left of 3 x 168.
 REGISTERS = gl.constexpr((240, 24))
 
-at, visible, keep_intervals, logits = (
+at, run_at, reached, visible, keep_intervals, logits = (
     gluon.jit(helper.fn)
-    for helper in (portable.at, portable.visible, portable.keep_intervals, portable.logits)
+    for helper in (
+        portable.at,
+        portable.run_at,
+        portable.reached,
+        portable.visible,
+        portable.keep_intervals,
+        portable.logits,
+    )
 )
 # Renamed in Triton 3.7.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -168,8 +175,8 @@ def load_keys(own, streamed, tables, counts, PLACES: gl.constexpr, META: gl.cons
                 mbarrier.expect(full, own_sources[i].block_type.nbytes)
                 tma_load(own_sources[i], [b, row, h, 0], full, own_buffers[i].index(place))
         for r in range(gl.load(line + 1), gl.load(line + 3)):
-            begin = gl.load(runs + 2 * r)
-            for block in range(begin, begin + gl.load(runs + 2 * r + 1)):
+            begin, end = run_at(runs, r)
+            for block in range(begin, end):
                 where = [b, block * META.value.block, h // group, 0]
                 fetch(k_source, where, k_empty, k_full, k_buffer, j, META)
                 fetch(v_source, where, v_empty, v_full, v_buffer, j, META)

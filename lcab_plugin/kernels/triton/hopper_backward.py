@@ -25,6 +25,8 @@ from lcab_plugin.kernels.triton.hopper import (
     locate,
     logits,
     make_barriers,
+    reached,
+    run_at,
     tma_load,
     tma_store,
     turns,
@@ -32,7 +34,7 @@ from lcab_plugin.kernels.triton.hopper import (
     wait_full,
 )
 
-COUNTS = ("units", "heads", "group", "together", "items", "tq", "tk", "sum_stride", "intervals")
+COUNTS = ("units", "heads", "group", "together", "items", "tq", "tk", "sum_stride")
 
 
 @gluon.jit
@@ -44,24 +46,26 @@ def product(a, x, j, full, META: gl.constexpr):
 
 
 @gluon.jit
-def weights(s, lse, first, own_rows, held, tables, sizes, MASKED: gl.constexpr, META: gl.constexpr):
-    """Softmax weights from scores and the lse of every row (broadcast), and what a soft cap's slope needs."""
+def weights(s, lse, of_block, own_rows, held, tables, sizes, MASKED: gl.constexpr, META: gl.constexpr):
+    """Softmax weights from scores and the lse of every row (broadcast), and what a soft cap's slope needs.
+    ``of_block``: where it is masked, its first column and the intervals that its run reaches."""
     _, _, starts, stops = tables
-    count, intervals, scale_log2, cap_log2, _ = sizes
+    count, scale_log2, cap_log2, _ = sizes
     s, t = logits(s, scale_log2, cap_log2, META.value.softcap)
     p = gl.exp2(s - lse)
     if MASKED:
+        first, span = of_block
         columns = first + gl.arange(0, META.value.block, layout=gl.SliceLayout(0, META.value.scores))
         start0, stop0, start1, stop1 = held
         seen = visible(
-            columns, start0, stop0, start1, stop1, starts, stops, own_rows, count, intervals, META.value.kept
+            columns, start0, stop0, start1, stop1, starts, stops, own_rows, count, span, META.value.kept
         )
         p = gl.where(seen, p, 0.0)
     return p, t
 
 
 @gluon.jit
-def dq_step(dq, j, first, own, around, MASKED: gl.constexpr, META: gl.constexpr):
+def dq_step(dq, j, of_block, own, around, MASKED: gl.constexpr, META: gl.constexpr):
     """Add what block ``j`` of the keys gives."""
     q, dout, lse, delta, rows, held = own
     streamed, tables, sizes = around
@@ -72,7 +76,7 @@ def dq_step(dq, j, first, own, around, MASKED: gl.constexpr, META: gl.constexpr)
     s = product(q, k, j, k_full, META)
     dp = product(dout, v, j, v_full, META)
     s = warpgroup_mma_wait(1, deps=[s])
-    p, t = weights(s, lse[:, None], first, rows, held, tables, sizes, MASKED, META)
+    p, t = weights(s, lse[:, None], of_block, rows, held, tables, sizes, MASKED, META)
     dp = warpgroup_mma_wait(0, deps=[dp])
     mbarrier.arrive(v_empty.index(stage), count=1)
     ds = p * (dp - delta[:, None])
@@ -94,7 +98,7 @@ def compute_dq(queries, around, DQ, sums, counts, SIDE: gl.constexpr, META: gl.c
     LSE, DELTA, sum_stride = sums
     lines, runs, starts, stops = tables
     _, heads, _, _, items = counts
-    tq, _, _, _, scale = sizes
+    tq, _, _, scale = sizes
     OWN: gl.constexpr = META.value.own
     EACH_ROW: gl.constexpr = gl.SliceLayout(1, META.value.scores)
     j = gl.to_tensor(0)
@@ -110,13 +114,14 @@ def compute_dq(queries, around, DQ, sums, counts, SIDE: gl.constexpr, META: gl.c
         own = (q, dout, lse, delta, rows, held)
         mbarrier.wait(own_full.index(SIDE), n & 1)
         for _full in range(gl.load(line + 4)):
-            dq = dq_step(dq, j, 0, own, around, False, META)
+            dq = dq_step(dq, j, (0, (0, 0)), own, around, False, META)
             j += 1
         for r in range(gl.load(line + 2), gl.load(line + 3)):
-            begin = gl.load(runs + 2 * r)
-            for block in range(begin, begin + gl.load(runs + 2 * r + 1)):
-                first = block * META.value.block
-                dq = dq_step(dq, j, first, own, around, True, META)
+            begin, stop = run_at(runs, r)
+            span = reached(runs, r)
+            for block in range(begin, stop):
+                of_block = (block * META.value.block, span)
+                dq = dq_step(dq, j, of_block, own, around, True, META)
                 j += 1
         q.store((dq * scale).to(DQ.dtype))  # where the queries were: every product has read them
         fence_async_shared()
@@ -145,7 +150,6 @@ def dq_kernel(
     items,
     tq,
     sum_stride,
-    intervals,
     scale_log2,
     cap_log2,
     scale,
@@ -171,7 +175,7 @@ def dq_kernel(
     sums = (LSE, DELTA, sum_stride)
     tables = (lines, runs, starts, stops)
     counts = (units, heads, group, together, items)
-    around = (streamed, tables, (tq, intervals, scale_log2, cap_log2, scale))
+    around = (streamed, tables, (tq, scale_log2, cap_log2, scale))
     gl.warp_specialize(
         [
             (compute_dq, (queries, around, DQ, sums, counts, 0, META)),
@@ -215,8 +219,8 @@ def load_rows(keys, streamed, parts, tables, counts, META: gl.constexpr):
         for h in range(hk * group + member, hk * group + member + members):
             line_of_head = b * kv_heads * group + h
             for r in range(gl.load(line + 1), gl.load(line + 3)):
-                begin = gl.load(runs + 2 * r)
-                for block in range(begin, begin + gl.load(runs + 2 * r + 1)):
+                begin, end = run_at(runs, r)
+                for block in range(begin, end):
                     row = block * META.value.block
                     stage = j % META.value.stages
                     free = ((j // META.value.stages) & 1) ^ 1
@@ -234,7 +238,7 @@ def load_rows(keys, streamed, parts, tables, counts, META: gl.constexpr):
 
 
 @gluon.jit
-def dkv_step(dk, dv, j, first, own, around, MASKED: gl.constexpr, META: gl.constexpr):
+def dkv_step(dk, dv, j, of_block, own, around, MASKED: gl.constexpr, META: gl.constexpr):
     """Add what block ``j`` of the rows gives."""
     k, v, keys, held = own
     streamed, tables, sizes = around
@@ -248,7 +252,7 @@ def dkv_step(dk, dv, j, first, own, around, MASKED: gl.constexpr, META: gl.const
     dp = product(v, dout, j, do_full, META)
     s = warpgroup_mma_wait(1, deps=[s])
     lse = lse_buffer.index(stage).reshape([META.value.block]).load(EACH_ROW)
-    p, t = weights(s, lse[None, :], first, keys, held, tables, sizes, MASKED, META)
+    p, t = weights(s, lse[None, :], of_block, keys, held, tables, sizes, MASKED, META)
     factor = gl.convert_layout(p.to(q.dtype), META.value.factor(META.value.value_dim))
     dv = warpgroup_mma(factor, dout, dv, is_async=True)
     dp = warpgroup_mma_wait(1, deps=[dp])
@@ -282,7 +286,7 @@ def compute_dkv(keys_of_items, around, results, counts, SIDE: gl.constexpr, META
     DK, DV, DK_SUMS, DV_SUMS, parts = results
     lines, runs, starts, stops = tables
     units, kv_heads, _, items = counts
-    tk, _, _, _, scale = sizes
+    tk, _, _, scale = sizes
     OWN: gl.constexpr = META.value.own
     DIM: gl.constexpr = META.value.dim
     VALUE_DIM: gl.constexpr = META.value.value_dim
@@ -300,13 +304,14 @@ def compute_dkv(keys_of_items, around, results, counts, SIDE: gl.constexpr, META
         mbarrier.wait(own_full.index(SIDE), n & 1)
         for _m in range(members):
             for _full in range(full):
-                dk, dv = dkv_step(dk, dv, j, 0, own, around, False, META)
+                dk, dv = dkv_step(dk, dv, j, (0, (0, 0)), own, around, False, META)
                 j += 1
             for r in range(partial, end):
-                begin = gl.load(runs + 2 * r)
-                for block in range(begin, begin + gl.load(runs + 2 * r + 1)):
-                    first = block * META.value.block
-                    dk, dv = dkv_step(dk, dv, j, first, own, around, True, META)
+                begin, stop = run_at(runs, r)
+                span = reached(runs, r)
+                for block in range(begin, stop):
+                    of_block = (block * META.value.block, span)
+                    dk, dv = dkv_step(dk, dv, j, of_block, own, around, True, META)
                     j += 1
         if slot < 0:
             k.store((dk * scale).to(DK.dtype))  # where the keys were: every product has read them
@@ -345,7 +350,6 @@ def dkv_kernel(
     group,
     items,
     tk,
-    intervals,
     scale_log2,
     cap_log2,
     scale,
@@ -376,7 +380,7 @@ def dkv_kernel(
     fence_async_shared()
     tables = (lines, runs, starts, stops)
     counts = (units, heads // group, group, items)
-    around = (streamed, tables, (tk, intervals, scale_log2, cap_log2, scale))
+    around = (streamed, tables, (tk, scale_log2, cap_log2, scale))
     results = (DK, DV, DK_SUMS, DV_SUMS, parts)
     gl.warp_specialize(
         [

@@ -25,6 +25,8 @@ from lcab_plugin.kernels.triton.hopper import (
     locate,
     logits,
     make_barriers,
+    reached,
+    run_at,
     tma_store,
     turns,
     visible,
@@ -32,7 +34,7 @@ from lcab_plugin.kernels.triton.hopper import (
 )
 
 PLACES = gl.constexpr(2)  # tiles of queries a group: those of the next item come meanwhile
-COUNTS = ("units", "heads", "group", "together", "items", "tq", "intervals")
+COUNTS = ("units", "heads", "group", "together", "items", "tq")
 
 
 @gluon.jit
@@ -56,21 +58,21 @@ def start_output(p, acc, j, streamed, META: gl.constexpr):
 
 
 @gluon.jit
-def softmax(s, m, total, first, own, tables, sizes, MASKED: gl.constexpr, META: gl.constexpr):
-    """Weights of one block of scores, the running maximum and sum, and what to scale earlier results by."""
+def softmax(s, m, total, of_block, own, tables, sizes, MASKED: gl.constexpr, META: gl.constexpr):
+    """Weights of one block of scores, the running maximum and sum, and what to scale earlier results by.
+    ``of_block``: where it is masked, its first key and the intervals that its run reaches."""
     _, rows, held = own
     _, _, starts, stops = tables
-    tq, intervals, scale_log2, cap_log2 = sizes
+    tq, scale_log2, cap_log2 = sizes
     scale = scale_log2  # folds into one fused multiply-add with the subtraction
     if META.value.softcap:
         s, _ = logits(s, scale_log2, cap_log2, True)
         scale = 1.0
     if MASKED:
+        first, span = of_block
         keys = first + gl.arange(0, META.value.block, layout=gl.SliceLayout(0, META.value.scores))
         start0, stop0, start1, stop1 = held
-        seen = visible(
-            keys, start0, stop0, start1, stop1, starts, stops, rows, tq, intervals, META.value.kept
-        )
+        seen = visible(keys, start0, stop0, start1, stop1, starts, stops, rows, tq, span, META.value.kept)
         s = gl.where(seen, s, float("-inf"))
     m_new = gl.maximum(m, gl.max(s, 1) * scale)
     shift = m_new
@@ -83,7 +85,7 @@ def softmax(s, m, total, first, own, tables, sizes, MASKED: gl.constexpr, META: 
 
 @gluon.jit
 def step(
-    p, acc, m, total, j, first, own, around, SIDE: gl.constexpr, MASKED: gl.constexpr, META: gl.constexpr
+    p, acc, m, total, j, of_block, own, around, SIDE: gl.constexpr, MASKED: gl.constexpr, META: gl.constexpr
 ):
     """Scores and weights of block ``j``, and beside them the values of the block before."""
     q, _, _ = own
@@ -94,7 +96,7 @@ def step(
     mbarrier.arrive(turn.index(1 - SIDE), count=1)
     s = warpgroup_mma_wait(1, deps=[s])
     mbarrier.arrive(k_empty.index(j % META.value.stages), count=1)
-    new, m, total, alpha = softmax(s, m, total, first, own, tables, sizes, MASKED, META)
+    new, m, total, alpha = softmax(s, m, total, of_block, own, tables, sizes, MASKED, META)
     acc, p = warpgroup_mma_wait(0, deps=[acc, p])
     mbarrier.arrive(v_empty.index((j - 1) % META.value.stages), count=1)
     acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
@@ -123,7 +125,7 @@ def compute(queries, around, results, counts, SIDE: gl.constexpr, META: gl.const
     out_target, out_buffer, LSE = results
     lines, runs, starts, stops = tables
     _, heads, _, _, items = counts
-    tq, _, _, _ = sizes
+    tq, _, _ = sizes
     OWN: gl.constexpr = META.value.own
     OUTPUT: gl.constexpr = META.value.product(META.value.value_dim)
     WEIGHTS: gl.constexpr = META.value.factor(META.value.value_dim)
@@ -152,21 +154,22 @@ def compute(queries, around, results, counts, SIDE: gl.constexpr, META: gl.const
             s = warpgroup_mma_wait(0, deps=[s])
             mbarrier.arrive(k_empty.index(j % META.value.stages), count=1)
             if full > 0:
-                p, m, total, _alpha = softmax(s, m, total, 0, own, tables, sizes, False, META)
+                p, m, total, _alpha = softmax(s, m, total, (0, (0, 0)), own, tables, sizes, False, META)
             else:
-                first = gl.load(runs + 2 * begin) * META.value.block
-                p, m, total, _alpha = softmax(s, m, total, first, own, tables, sizes, True, META)
+                first_block, _stop = run_at(runs, begin)
+                of_block = (first_block * META.value.block, reached(runs, begin))
+                p, m, total, _alpha = softmax(s, m, total, of_block, own, tables, sizes, True, META)
             p = gl.convert_layout(p.to(q_sources[0].dtype), WEIGHTS)
             for _full in range(1, full):
                 j += 1
-                p, acc, m, total = step(p, acc, m, total, j, 0, own, around, SIDE, False, META)
+                p, acc, m, total = step(p, acc, m, total, j, (0, (0, 0)), own, around, SIDE, False, META)
             for r in range(partial, end):
-                first_block = gl.load(runs + 2 * r)
-                stop = first_block + gl.load(runs + 2 * r + 1)
+                first_block, stop = run_at(runs, r)
+                span = reached(runs, r)
                 for block in range(first_block + (r == begin).to(gl.int32), stop):
                     j += 1
-                    first = block * META.value.block
-                    p, acc, m, total = step(p, acc, m, total, j, first, own, around, SIDE, True, META)
+                    of_block = (block * META.value.block, span)
+                    p, acc, m, total = step(p, acc, m, total, j, of_block, own, around, SIDE, True, META)
             acc = start_output(p, acc, j, streamed, META)
             acc, p = warpgroup_mma_wait(0, deps=[acc, p])
             mbarrier.arrive(v_empty.index(j % META.value.stages), count=1)
@@ -194,7 +197,6 @@ def forward_kernel(
     together,
     items,
     tq,
-    intervals,
     scale_log2,
     cap_log2,
     META: gl.constexpr,
@@ -221,7 +223,7 @@ def forward_kernel(
     fence_async_shared()
     tables = (lines, runs, starts, stops)
     counts = (units, heads, group, together, items)
-    around = (streamed, turn, tables, (tq, intervals, scale_log2, cap_log2))
+    around = (streamed, turn, tables, (tq, scale_log2, cap_log2))
     gl.warp_specialize(
         [
             (compute, (queries, around, results, counts, 0, META)),

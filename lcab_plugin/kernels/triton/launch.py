@@ -46,7 +46,7 @@ def forward(
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],
-        *_sizes(q, k, plan, b * h),
+        *_sizes(q, k, b * h),
         *_scales(options),
         **_constants(config, plan, d, dv, options),
         TMA=config.tma,
@@ -79,7 +79,6 @@ def _forward_on_hopper(
         _together(k, v, counts[0]),
         items,
         q.shape[1],
-        plan.intervals,
         *_scales(options),
         meta,
         **hopper.LAUNCH,
@@ -244,8 +243,8 @@ def _rest(
 ) -> tuple[Any, ...]:
     """The arguments both backward kernels share after their tensors."""
     strides = [s for x in (dout, q, k, v) for s in x.stride()[:3]]
-    *sizes, intervals = _sizes(q, k, plan, batch_heads)
-    return *plan.tensors, *strides, *sizes, lse2.stride(1), intervals, *_scales(options), options.scale
+    sizes = _sizes(q, k, batch_heads)
+    return *plan.tensors, *strides, *sizes, lse2.stride(1), *_scales(options), options.scale
 
 
 def _dq_on_hopper(
@@ -278,7 +277,6 @@ def _dq_on_hopper(
         items,
         q.shape[1],
         lse2.stride(1),
-        plan.intervals,
         *_scales(options),
         options.scale,
         meta,
@@ -324,7 +322,6 @@ def _dkv_on_hopper(
         *counts,
         items,
         k.shape[1],
-        plan.intervals,
         *_scales(options),
         options.scale,
         meta,
@@ -372,9 +369,9 @@ def _source(x: Tensor, rows: int, tma: bool) -> Any:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, 1, padded(x.shape[-1])])
 
 
-def _sizes(q: Tensor, k: Tensor, plan: planning.Plan, batch_heads: int) -> tuple[int, ...]:
+def _sizes(q: Tensor, k: Tensor, batch_heads: int) -> tuple[int, ...]:
     heads = q.shape[2]
-    return heads, heads // k.shape[2], batch_heads, q.shape[1], k.shape[1], plan.intervals
+    return heads, heads // k.shape[2], batch_heads, q.shape[1], k.shape[1]
 
 
 def _scales(options: KernelOptions) -> tuple[float, float]:

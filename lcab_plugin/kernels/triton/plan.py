@@ -15,8 +15,9 @@ class Plan:
     """The block table of one mask in blocks of [rows, keys], int32 in one buffer.
 
     ``lines`` [row blocks, 5]: block, then where its FULL runs begin, where its PARTIAL runs begin and where
-    they end, and how many FULL blocks there are; the line with the most blocks comes first. ``runs`` [n, 2]:
-    first key block and length.
+    they end, and how many FULL blocks there are; the line with the most blocks comes first. ``runs`` [n, 4]:
+    first key block, length, and which of its rows' intervals reach into it: from the first to before the
+    last (of rows with more than two, which read no others).
     ``starts, stops`` [intervals, rows]: the keys each row sees, ascending and apart; unused ones are empty.
 
     The numbers of runs and of intervals are rounded up to powers of two, so that like masks launch alike;
@@ -26,11 +27,13 @@ class Plan:
     def __init__(
         self, mask: AttentionMask, rows: int, keys: int, device: torch.device, spare: int = 1
     ) -> None:
-        lines, runs, self.work = _table(mask, rows, keys)
+        lines, owner, runs, self.work = _table(mask, rows, keys)
         starts, stops = mask.row_intervals()
-        self.intervals = _bucket(len(starts))
-        self.kept = self.intervals if self.intervals <= 2 else 0  # intervals held in registers
-        padding = [(0, self.intervals - len(starts)), (0, 0)]
+        intervals = _bucket(len(starts))
+        self.kept = intervals if intervals <= 2 else 0  # intervals held in registers
+        reached = np.zeros_like(runs) if self.kept else _reached(starts, stops, owner, runs, rows, keys)
+        runs = np.concatenate([runs, reached], axis=1)
+        padding = [(0, intervals - len(starts)), (0, 0)]
         runs = np.pad(runs, [(0, spare * _bucket(len(runs)) - len(runs)), (0, 0)])
         parts = [lines, runs, np.pad(starts, padding), np.pad(stops, padding)]
         flat = np.concatenate([part.ravel() for part in parts]).astype(np.int32)
@@ -206,9 +209,11 @@ def _side(mask: AttentionMask, transposed: bool) -> AttentionMask:
     return mask.transposed() if transposed else mask
 
 
-def _table(mask: AttentionMask, rows: int, keys: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """``lines`` and ``runs``, and the number of blocks of every line. A FULL block that reaches past the keys
-    becomes PARTIAL: it needs bounds."""
+def _table(
+    mask: AttentionMask, rows: int, keys: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """``lines``, the row block and the first block and length of each run, and the number of blocks of every
+    line. A FULL block that reaches past the keys becomes PARTIAL: it needs bounds."""
     blocks = mask.block_map(rows, keys)
     line = np.repeat(np.arange(blocks.shape[0]), np.diff(blocks.offsets))
     first, length, kind = blocks.first, blocks.length, blocks.kind
@@ -233,7 +238,27 @@ def _table(mask: AttentionMask, rows: int, keys: int) -> tuple[np.ndarray, np.nd
     inner = np.bincount(line, weights=length * (kind == FULL), minlength=blocks.shape[0])
     lines = np.stack([np.arange(blocks.shape[0]), begin, full, end, inner], axis=1)
     order = np.argsort(-work, kind="stable")
-    return lines[order], np.stack([first, length], axis=1).reshape(-1, 2), work[order]
+    return lines[order], line, np.stack([first, length], axis=1).reshape(-1, 2), work[order]
+
+
+def _reached(
+    starts: np.ndarray, stops: np.ndarray, owner: np.ndarray, runs: np.ndarray, rows: int, keys: int
+) -> np.ndarray:
+    """Of each run, which belongs to a block ``owner`` of ``rows`` rows, [n, 2]: the first interval of any of
+    those rows that ends behind the run's first key, and the one after the last that begins before its end."""
+    count, length = starts.shape
+    blocks, end = -(-length // rows), int(stops.max(initial=0)) + 1
+    seen, space = starts < stops, [(0, 0), (0, blocks * rows - length)]
+    begin = np.pad(np.where(seen, starts, end), space, constant_values=end)
+    begin = begin.reshape(count, blocks, rows).min(2)
+    stop = np.pad(np.where(seen, stops, 0), space).reshape(count, blocks, rows).max(2)
+    stop = np.maximum.accumulate(stop, axis=0)  # rows with fewer intervals are missing in the later ones
+    # One ascending list for each of the two: of every block of rows in a range of numbers of its own.
+    own = np.arange(blocks)[:, None] * (end + 1)
+    first, last = (np.minimum(x * keys, end) for x in (runs[:, 0], runs.sum(axis=1)))
+    low = np.searchsorted((stop.T + own).ravel(), first + owner * (end + 1), side="right")
+    high = np.searchsorted((begin.T + own).ravel(), last + owner * (end + 1), side="left")
+    return np.stack([low, high], axis=1) - (owner * count)[:, None]
 
 
 def _bucket(n: int) -> int:
