@@ -65,8 +65,9 @@ class Hardware:
         return replace(self, **changed, source=f"{self.source}; {name} nodes {source}")
 
 
-# A link is taken at this share of its data sheet's bandwidth: NCCL's transfers between two H100s reach about
-# half of NVLink's (docs/results/2026-11-24-2xh100); between nodes it is assumed.
+# A link is taken at this share of its data sheet's bandwidth: NCCL's transfers between two H100s, and between
+# two H200s, reach about half of NVLink's (docs/results/2026-11-24-2xh100, 2026-11-29-2xh200); between nodes
+# it is assumed.
 INSIDE_SHARE, BETWEEN_SHARE = 0.5, 0.8
 # Seconds a message takes however small it is: a launch and the fabric. Assumed; --calibrate fits them.
 INSIDE_LATENCY, BETWEEN_LATENCY = 8e-6, 20e-6

@@ -47,14 +47,15 @@ probe() {
 }
 
 # Masks x strategies x layouts over NCCL at degrees 2, 4 and 8 (ranks share GPUs where there are fewer), in
-# bfloat16 too, against float64 on one device; a rehearsal lists them.
+# bfloat16 too, against float64 on one device, WORKERS tests at a time; a rehearsal lists them.
 conformance() {
-    local how=(--cp-device cuda -rfs --durations 0)
+    local how=(--cp-device cuda -rfs --durations 0 -n "${WORKERS:-4}")
     ((GPUS)) || how=(--collect-only)
-    timeout "${CONFORMANCE_SECONDS:-500}" "$PYTHON" -m pytest -q -p no:cacheprovider --tb=short --nightly "${how[@]}" \
+    timeout "${CONFORMANCE_SECONDS:-500}" "$PYTHON" -m pytest -v -p no:cacheprovider --tb=short --nightly "${how[@]}" \
         tests/context_parallel/test_conformance.py tests/context_parallel/test_kernels.py \
         -k "${CONFORMANCE_CELLS:-not composition}" > "$OUT/conformance.log" 2>&1
     local status=$?
+    ((status == 0)) || echo "exit status $status (124: its time ended)" >> "$OUT/conformance.log"
     tail -n 3 "$OUT/conformance.log"
     return "$status"
 }

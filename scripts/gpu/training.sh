@@ -12,8 +12,8 @@
 # ALL_SECONDS (525). PYTHON names the interpreter (python3), with lcab_plugin, deepspeed and megatron importable
 # from it; WORLD the number of GPUs; KERNELS those to train with, ours first; ONLY a regular expression that
 # the names of runs must match. ALLOC is PyTorch's allocator configuration for the longest sequences. One GPU
-# trains with strategy none, and with cuDNN and FlashAttention 4 where they can be had: by kernel, framework
-# and ZeRO stage.
+# trains with strategy none: by kernel, framework and ZeRO stage. cuDNN and FlashAttention 4 are among the
+# kernels where they can be had.
 # Where there is no GPU the same runs train a tiny model over gloo: a rehearsal, which measures nothing.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -37,8 +37,7 @@ fi
 if ((GPUS)); then
     ((GPUS >= WORLD && WORLD >= 1)) || { echo "$WORLD processes need as many GPUs; there are $GPUS" >&2; exit 2; }
     if [[ -z "${KERNELS:-}" ]]; then
-        KERNELS=triton,sdpa_flash
-        ((WORLD > 1)) || KERNELS+="$("$PYTHON" -c 'from lcab_plugin.kernels import get
+        KERNELS="triton,sdpa_flash$("$PYTHON" -c 'from lcab_plugin.kernels import get
 print(*("," + name for name in ("cudnn", "fa4") if not get(name).unavailable()), sep="")')"
     fi
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}" # first values of the model are copied on the CPU
