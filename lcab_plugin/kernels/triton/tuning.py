@@ -84,6 +84,7 @@ HOPPER: dict[tuple[Pass, int], list[Config]] = {
         Config(64, 64, 4, 3, True),
         Config(128, 64, 4, 3, True),
         Config(64, 128, 4, 2, True, True),
+        Config(64, 128, 4, 4, True, True),
     ],
     ("forward", 128): [
         Config(64, 128, 4, 2, True, True),
@@ -100,6 +101,8 @@ HOPPER: dict[tuple[Pass, int], list[Config]] = {
         Config(64, 64, 4, 2, True),
         Config(64, 64, 4, 2, True),
         Config(64, 128, 4, 2, True, True),
+        Config(64, 128, 4, 4, True, True),
+        Config(64, 64, 4, 4, True, True),
     ],
     ("dq", 128): [
         Config(64, 64, 4, 3, True, True),
@@ -116,6 +119,7 @@ HOPPER: dict[tuple[Pass, int], list[Config]] = {
     ("dkv", 64): [
         Config(128, 64, 4, 2, True, True),
         Config(128, 64, 4, 2, True, True),
+        Config(128, 64, 4, 3, True, True),
         Config(64, 64, 4, 3, True, True),
         Config(32, 64, 4, 3, True),
     ],
