@@ -247,14 +247,13 @@ def _reached(
     """Of each run, which belongs to a block ``owner`` of ``rows`` rows, [n, 2]: the first interval of any of
     those rows that ends behind the run's first key, and the one after the last that begins before its end."""
     count, length = starts.shape
-    blocks, end = -(-length // rows), int(stops.max(initial=0)) + 1
-    seen, space = starts < stops, [(0, 0), (0, blocks * rows - length)]
-    begin = np.pad(np.where(seen, starts, end), space, constant_values=end)
-    begin = begin.reshape(count, blocks, rows).min(2)
-    stop = np.pad(np.where(seen, stops, 0), space).reshape(count, blocks, rows).max(2)
+    end = int(stops.max(initial=0)) + 1
+    seen, blocks = starts < stops, np.arange(0, length, rows)
+    begin = np.minimum.reduceat(np.where(seen, starts, end), blocks, axis=1)
+    stop = np.maximum.reduceat(np.where(seen, stops, 0), blocks, axis=1)
     stop = np.maximum.accumulate(stop, axis=0)  # rows with fewer intervals are missing in the later ones
     # One ascending list for each of the two: of every block of rows in a range of numbers of its own.
-    own = np.arange(blocks)[:, None] * (end + 1)
+    own = np.arange(len(blocks))[:, None] * (end + 1)
     first, last = (np.minimum(x * keys, end) for x in (runs[:, 0], runs.sum(axis=1)))
     low = np.searchsorted((stop.T + own).ravel(), first + owner * (end + 1), side="right")
     high = np.searchsorted((begin.T + own).ravel(), last + owner * (end + 1), side="left")
