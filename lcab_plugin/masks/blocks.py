@@ -85,7 +85,10 @@ def block_map(slices: Ints, q_len: int, k_len: int, bq: int, bk: int) -> BlockMa
     kind = np.where(area == cells, FULL, PARTIAL)
     first, last = runs((start[1:] != stop[:-1]) | (kind[1:] != kind[:-1]), len(start))
     offsets = np.searchsorted(row[first], np.arange(block_rows + 1))
-    return BlockMap(q_len, k_len, bq, bk, offsets, column[first], stop[last] - start[first], kind[first])
+    found = offsets, column[first], stop[last] - start[first], kind[first]
+    for array in found:
+        array.flags.writeable = False  # maps are kept and shared
+    return BlockMap(q_len, k_len, bq, bk, *found)
 
 
 def _summed(starts: Ints, stops: Ints, values: Ints) -> tuple[Ints, Ints, Ints]:

@@ -11,11 +11,16 @@ def row_intervals(slices: Ints, q_len: int) -> tuple[Ints, Ints]:
     """``start, stop`` int64 [n, q_len]: row i sees exactly the keys of [start[m, i], stop[m, i]) for all m.
 
     Intervals of a row ascend and never touch; n is the most that a row has (at least 1) and the unused ones
-    are [0, 0). Slices must be tight and disjoint.
+    are [0, 0). Slices must be canonical and disjoint.
     """
-    owner, row = _in_order(slices)
+    apart = (slices[1:, 0] >= slices[:-1, 1]).all()  # no row is in two: nothing to sort, nothing to join
+    owner, row = expand(slices[:, 0], slices[:, 1] - slices[:, 0]) if apart else _in_order(slices)
     start = np.maximum(slices[owner, 2], row + slices[owner, 4])
     stop = np.minimum(slices[owner, 3], row + slices[owner, 5] + 1)
+    if apart:
+        starts, stops = np.zeros((2, 1, q_len), dtype=np.int64)
+        starts[0, row], stops[0, row] = start, stop
+        return starts, stops
     first, last = runs((row[1:] != row[:-1]) | (start[1:] != stop[:-1]), len(row))
     row, start, stop = row[first], start[first], stop[last]
     counts = np.bincount(row, minlength=q_len)

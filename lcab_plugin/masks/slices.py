@@ -173,8 +173,9 @@ class AttentionMask:
         return tuple(range(start, stop) for start, stop in geometry.merged(rows[:, 2], rows[:, 3]).tolist())
 
     def block_map(self, bq: int, bk: int) -> BlockMap:
-        """EMPTY, PARTIAL and FULL blocks of [bq, bk] cells as runs: see BlockMap. Never O(q_len * k_len)."""
-        return block_map(self.array, self.q_len, self.k_len, size("bq", bq, least=1), size("bk", bk, least=1))
+        """EMPTY, PARTIAL and FULL blocks of [bq, bk] cells as runs: see BlockMap. Never O(q_len * k_len). The
+        latest few results are kept."""
+        return _block_map(self, size("bq", bq, least=1), size("bk", bk, least=1))
 
     def row_intervals(self) -> tuple[Ints, Ints]:
         """The keys each query sees as intervals, int64 [n, q_len] starts and stops: see ``intervals``."""
@@ -198,6 +199,11 @@ class AttentionMask:
                 cells = cells.triu(lo - (k0 - q0))
             rectangle |= cells
         return dense
+
+
+@lru_cache(maxsize=8)  # a kernel asks for some of them twice: which launch, then its table
+def _block_map(mask: AttentionMask, bq: int, bk: int) -> BlockMap:
+    return block_map(mask.array, mask.q_len, mask.k_len, bq, bk)
 
 
 @lru_cache(maxsize=1024)
