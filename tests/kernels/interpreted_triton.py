@@ -159,6 +159,17 @@ def test_a_graphs_plans_take_another_mask():
         plans.load(MASKS["global_sliding_window"])
 
 
+def test_a_graphs_plans_take_another_mask_of_many_intervals():
+    """With the intervals that each of its runs reaches."""
+    x = inputs(N, N, 2, 1, 16, torch.float32, batch=1)
+    first, other = (masks.block_sparse(N, block=4, keep=0.3, seed=seed) for seed in (0, 1))
+    assert all(len(mask.row_intervals()[0]) > 4 for mask in (first, other))
+    with triton.GraphPlans(first) as plans:
+        run(*x, first)
+        plans.load(other)
+        assert_exact(run(*x, first), reference(*x, other))
+
+
 def test_a_graph_of_a_symmetric_mask_takes_one_that_is_not(monkeypatch):
     """Forward and backward then read tables of one size, but not the same one."""
     square = Config(32, 32, 4, 1)
