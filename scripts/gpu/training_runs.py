@@ -203,21 +203,20 @@ def longest(world: int, kernels: Sequence[str]) -> Iterator[Run]:
     """The first guess of each series, of preset 1b with ZeRO 1. Two steps: the optimizer has its state in the
     second. Documents keep steps short; what has to be held hardly depends on the mask.
 
-    The guess is from a GPU's memory. States, gradients, CUDA and NCCL take 15 GiB of one GPU, 10 of each of
-    several; a token of a rank then takes 1.52 MB where nothing is recomputed and 0.19 MB where blocks are, of
+    The guess is from a GPU's memory. States, gradients, CUDA and NCCL take 15 GiB of one GPU, 13 of each of
+    two; a token of a rank then takes 1.52 MB where nothing is recomputed and 0.19 MB where blocks are, of
     them 4 KiB for the input of each of 16 blocks and the rest for one block's backward pass (measured at up
-    to 86,016 and 131,072 tokens); strategies hold what they receive as well. Attention that is kept adds
-    4 KiB a block.
+    to 86,016 and 688,128 tokens a rank). Attention that is kept adds 4 KiB a block.
     """
     gib = torch.cuda.get_device_properties(0).total_memory / 2**30 if CUDA else 80.0
-    plain, recompute = ("", 2**12, 1.52e6), ("-recompute", 2**15, 0.19e6 if world == 1 else 0.2e6)
+    plain, recompute = ("", 2**12, 1.52e6), ("-recompute", 2**15, 0.19e6)
     cells = [*product(("ring_p2p", "ulysses"), (recompute, plain))]
     cells += [*product(STRATEGIES[2:], (plain,)), *product(STRATEGIES[2:], (recompute,))]
     if world == 1:
         kept = ("-recompute-keep-attention", 2**14, recompute[2] + 16 * 2**12)
         cells = [*product(("none",), (plain, recompute, kept))]
     for strategy, (held, tokens, token_bytes) in cells:
-        units = int((gib - (15 if world == 1 else 10)) * 2**30 / (token_bytes * tokens))
+        units = int((gib - (15 if world == 1 else 13)) * 2**30 / (token_bytes * tokens))
         unit = tokens * world // (1 if CUDA else 4)
         series = f"longest-1b-{kernels[0]}-{strategy}{held}"
         shape: dict[str, Any] = {"preset": "1b", "seqlen": units * unit, "steps": 2, "mask": DOCUMENTS}
