@@ -16,6 +16,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -220,6 +221,10 @@ def is_patchy(mask: AttentionMask, which: Pass, group: int) -> bool:
     would then be visible to one group of warps alone, with a mask to be read for each. Blocks of 64 tokens
     chosen one by one are such a mask: on an H200 their backward took 130 times as long as the forward."""
     if which != "dkv" and group % 2 == 0:
+        return False
+    begin, end = (mask.array[:, 2:4] if which == "dkv" else mask.array[:, :2]).T
+    order = np.argsort(np.concatenate([end, begin]), kind="stable")  # where both fall together, ends first
+    if np.cumsum(np.repeat([-1, 1], len(begin))[order]).max(initial=0) <= 2:  # slices of a row; most masks
         return False
     side = mask.transposed() if which == "dkv" else mask
     high, low = (int(side.block_map(rows, 64).length.sum()) * rows for rows in (128, 64))
