@@ -73,12 +73,14 @@ def _reason(name: str) -> str | None:
 
 
 def verified(name: str) -> str:
-    """Where a kernel passed every cell of the conformance suite, from the records that runs of it left."""
+    """Where a kernel passed every cell of the conformance suite, from the records that runs of it left, and
+    which part of it changed since, which whoever changes it writes there (``changed``)."""
     entries = _records().get(name, ())
     return (
         ", ".join(
             f"{entry['device'].removeprefix('NVIDIA ')} ({_libraries(entry)}: {entry['cells']} cells"
             + ("" if entry["backward"] else ", forward only")
+            + (f"; not since {entry['changed']} changed" if "changed" in entry else "")
             + ")"
             for entry in entries
         )

@@ -3,8 +3,8 @@
 #
 #   scripts/gpu/context_parallel.sh OUT [STEP ...]     steps: probe conformance bench peers trace (all if left out)
 #
-# Records stream into the folder OUT as they come. PYTHON names the interpreter (python3), with lcab_plugin and
-# pytest importable from it; WORLD the number of processes (the GPUs there are). Where there is no GPU the same
+# Records stream into the folder OUT as they come. PYTHON names the interpreter (python3), with lcab_plugin,
+# pytest and pytest-xdist importable from it; WORLD the number of processes (the GPUs there are). Where there is no GPU the same
 # steps run over gloo on tiny shapes: a rehearsal of the script, which measures nothing.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

@@ -6,7 +6,7 @@
 # Steps: probe conformance gpu_tests sanitize tune grid untuned autotuned block_sparse (all if left out).
 #
 # Records stream into the folder OUT as they come; a step that is run again goes on where its records end.
-# PYTHON names the interpreter (python3), with lcab_plugin and pytest importable from it.
+# PYTHON names the interpreter (python3), with lcab_plugin, pytest and pytest-xdist importable from it.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 [[ $# -ge 1 ]] || { echo "usage: scripts/gpu/kernels.sh OUT [STEP ...]" >&2; exit 2; }

@@ -216,7 +216,7 @@ def longest(world: int, kernels: Sequence[str]) -> Iterator[Run]:
         kept = ("-recompute-keep-attention", 2**14, recompute[2] + 16 * 2**12)
         cells = [*product(("none",), (plain, recompute, kept))]
     for strategy, (held, tokens, token_bytes) in cells:
-        units = int((gib - (15 if world == 1 else 13)) * 2**30 / (token_bytes * tokens))
+        units = max(1, int((gib - (15 if world == 1 else 13)) * 2**30 / (token_bytes * tokens)))
         unit = tokens * world // (1 if CUDA else 4)
         series = f"longest-1b-{kernels[0]}-{strategy}{held}"
         shape: dict[str, Any] = {"preset": "1b", "seqlen": units * unit, "steps": 2, "mask": DOCUMENTS}

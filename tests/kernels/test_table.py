@@ -147,9 +147,12 @@ def test_verified_reads_the_records(monkeypatch):
         "backward": True,
     }
     gpu = {"device": "NVIDIA H100", "version": "flash-attn 2.8.3", "torch": "2.13.0", "cells": 9}
-    monkeypatch.setattr(kernels, "_records", lambda: {"naive": [entry, gpu | {"backward": False}]})
+    monkeypatch.setattr(
+        kernels, "_records", lambda: {"naive": [entry, gpu | {"backward": False, "changed": "GQA"}]}
+    )
     assert kernels.verified("naive") == (
-        "CPU (torch 2.13.0: 240 cells), H100 (flash-attn 2.8.3, torch 2.13.0: 9 cells, forward only)"
+        "CPU (torch 2.13.0: 240 cells), H100 (flash-attn 2.8.3, torch 2.13.0: 9 cells, forward only; "
+        "not since GQA changed)"
     )
     assert kernels.verified("fa2") == "nothing yet"
 

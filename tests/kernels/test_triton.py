@@ -223,7 +223,7 @@ def shape(**change):
         "dv": 128,
         "dtype": torch.bfloat16,
         "group": 8,
-        "dense": True,
+        "mask": "dense",
         "length": 4096,
     }
     return tuning.Shape(**(given | change))
@@ -231,7 +231,8 @@ def shape(**change):
 
 def test_a_launch_is_looked_up_by_shape_and_never_by_mask():
     assert tuning.candidates(shape())[0] == tuning.HOPPER["forward", 128][0]
-    assert tuning.candidates(shape(dense=False))[0] == tuning.HOPPER["forward", 128][1]
+    assert tuning.candidates(shape(mask="sparse"))[0] == tuning.HOPPER["forward", 128][1]
+    assert tuning.candidates(shape(mask="patchy"))[0] == Config(64, 64, 4, 3, True)
     assert tuning.candidates(shape(d=96))[0] == tuning.HOPPER["forward", 128][0]
     assert tuning.candidates(shape(d=96, dv=192))[0] == tuning.HOPPER["forward", 256][0]
     assert not tuning.candidates(shape(capability=(8, 6)))[0].tma

@@ -24,6 +24,7 @@ from lcab_plugin.kernels.contract import KernelOptions
 from lcab_plugin.masks import AttentionMask
 
 Pass = Literal["forward", "dq", "dkv"]
+Kind = Literal["dense", "sparse", "patchy"]  # of a mask: see `is_dense` and `is_patchy`
 PASSES: tuple[Pass, ...] = ("forward", "dq", "dkv")
 USER_FILE = Path.home() / ".cache" / "lcab_plugin" / "triton.json"
 
@@ -42,8 +43,8 @@ class Config(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What a launch is tuned by: everything but the mask itself, which enters as ``dense`` (`is_dense`), and
-    the lengths, which enter as a power of two."""
+    """What a launch is tuned by: everything but the mask itself, which enters as its kind, and the lengths,
+    which enter as a power of two."""
 
     which: Pass
     capability: tuple[int, int]
@@ -51,7 +52,7 @@ class Shape(NamedTuple):
     dv: int
     dtype: torch.dtype
     group: int
-    dense: bool
+    mask: Kind
     length: int
 
     @classmethod
@@ -66,18 +67,20 @@ class Shape(NamedTuple):
     ) -> Shape:
         """The shape of a launch under ``mask``; ``dims`` are the query's and the values' head_dim."""
         length = 1 << (max(mask.q_len, mask.k_len) - 1).bit_length()
-        return cls(which, capability, *dims, dtype, group, is_dense(mask), length)
+        patchy = capability[0] == 9 and is_patchy(mask, which, group)
+        kind: Kind = "patchy" if patchy else "dense" if is_dense(mask) else "sparse"
+        return cls(which, capability, *dims, dtype, group, kind, length)
 
     def key(self, gpu: str, triton: str) -> str:
         """The name of this shape in the user's file, on that GPU under that Triton."""
         dtype = str(self.dtype).removeprefix("torch.")
-        mask = "dense" if self.dense else "sparse"
-        size = f"d{self.d} dv{self.dv} {dtype} gqa{self.group} {mask} {self.length}"
+        size = f"d{self.d} dv{self.dv} {dtype} gqa{self.group} {self.mask} {self.length}"
         return f"{gpu} | triton {triton} | {self.which} {size}"
 
 
 # {(pass, head_dim up to): configurations}: the default of dense masks, then that of sparse ones, then what
-# else `lcab tune` tries. tests/kernels/triton_resources.json has what each one takes on sm_80 and sm_90.
+# else `lcab tune` tries; of patchy masks see `candidates`. tests/kernels/triton_resources.json has what each
+# one takes on sm_80 and sm_90.
 # Chosen on an H200 (Triton 3.6, bf16, 16K tokens, 64:8 heads, causal, full, documents, window).
 HOPPER: dict[tuple[Pass, int], list[Config]] = {
     ("forward", 64): [
@@ -181,13 +184,9 @@ def choose(
         q.shape[2] // k.shape[2],
         mask,
     )
-    configs = candidates(shape)
     if not options.deterministic and q.is_cuda and (found := tuned(q.device).get(shape)):
-        configs = [found, *configs]
-    if configs[0].specialised and is_patchy(mask, which, shape.group):
-        portable = (config for config in configs if not config.specialised)
-        return min(portable, key=lambda config: config.keys if which == "dkv" else config.rows)
-    return configs[0]
+        return found
+    return candidates(shape)[0]
 
 
 def describable(x: Tensor) -> bool:
@@ -203,7 +202,9 @@ def candidates(shape: Shape) -> list[Config]:
     table = FLOAT32 if shape.dtype == torch.float32 else HOPPER if shape.capability[0] == 9 else AMPERE
     width = next(w for w in (64, 128, 256) if max(shape.d, shape.dv) <= w)
     configs = table[shape.which, width]
-    return configs if shape.dense or len(configs) == 1 else [configs[1], configs[0], *configs[2:]]
+    if shape.mask == "patchy":  # the lowest lines of those that no two groups of warps share
+        return sorted(configs, key=lambda c: (c.specialised, c.keys if shape.which == "dkv" else c.rows))
+    return configs if shape.mask == "dense" or len(configs) == 1 else [configs[1], configs[0], *configs[2:]]
 
 
 @lru_cache(maxsize=1024)
