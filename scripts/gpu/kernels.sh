@@ -53,7 +53,7 @@ gpu_tests() {
 }
 
 # Shapes that fill no block; every launch of a forward and a backward, specialised (16 bits) and portable (float32);
-# a question whose keys are split over query heads.
+# a question whose keys are split over query heads; rows of many intervals.
 # racecheck reports the byte by which Triton hands idle warps their task (read where a kernel is declared, written there
 # and at its warp_specialize), a barrier of the whole program between: none of those is a race.
 sanitize() {
@@ -68,6 +68,8 @@ for dim, dtype in ((128, torch.bfloat16), (64, torch.float16), (64, torch.float3
         (masks.share_question([60, 70, 70]), 4, 2),
         (masks.sliding_window(200, 9, 50), 4, 2),
         (masks.share_question([400, 600, 600]), 8, 1),
+        (masks.block_sparse(640, 64, 0.5), 4, 2),
+        (masks.block_sparse(640, 64, 0.5), 2, 2),
     ):
         shapes = ((1, mask.q_len, h, dim) for h in (heads, kv_heads, kv_heads))
         q, k, v = (torch.randn(s, device="cuda", dtype=dtype, requires_grad=True) for s in shapes)
