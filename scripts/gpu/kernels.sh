@@ -59,7 +59,7 @@ gpu_tests() {
 sanitize() {
     local tool
     for tool in memcheck racecheck; do
-        timeout "${SANITIZE_SECONDS:-200}" compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -c '
+        { timeout "${SANITIZE_SECONDS:-200}" compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -c '
 import torch, lcab_plugin as lcab
 from lcab_plugin import masks
 for dim, dtype in ((128, torch.bfloat16), (64, torch.float16), (64, torch.float32)):
@@ -76,8 +76,9 @@ for dim, dtype in ((128, torch.bfloat16), (64, torch.float16), (64, torch.float3
         out = lcab.attention(q, k, v, mask, kernel="triton")
         torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
 torch.cuda.synchronize()' > "$OUT/$tool.log" 2>&1
-        echo "$tool: exit status $?, $(grep "ERROR SUMMARY\|RACECHECK SUMMARY" "$OUT/$tool.log")"
+        echo "$tool: exit status $?, $(grep "ERROR SUMMARY\|RACECHECK SUMMARY" "$OUT/$tool.log")"; } &
     done
+    wait
 }
 
 tune() {
