@@ -89,21 +89,27 @@ def smoke(world: int, kernels: Sequence[str]) -> Iterator[Run]:
 
 
 def parity(world: int, kernels: Sequence[str]) -> Iterator[Run]:
-    """Fifty steps over the same data, compared by `training_table.py`: first on one GPU each, side by side,
-    the baseline of every mask and its float32 twin on the first. One GPU has time for both masks."""
-    shape: dict[str, Any] = {"preset": "125m", "seqlen": 8192, "steps": 50, "strategy": "none"}
+    """Fifty steps over the same data, compared by `training_table.py`, of preset 125m, then of 1b."""
+    yield from parity_of("125m", world, kernels)
+    yield from parity_of("1b", world, kernels)
+
+
+def parity_of(preset: str, world: int, kernels: Sequence[str]) -> Iterator[Run]:
+    """First on one GPU each, side by side, the baseline of every mask and its float32 twin on the first. One
+    GPU has time for both masks."""
+    shape: dict[str, Any] = {"preset": preset, "seqlen": 8192, "steps": 50, "strategy": "none"}
     shape |= {"mask": DOCUMENTS, "loss_mask": "uneven", "doc_lengths": "pile"}
     ours, second = kernels[0], min(1, world - 1)
     for mask in MASKS if world == 1 or set(kernels) & set(NO_DOCUMENTS) else MASKS[:1]:
         same = {**shape, "mask": mask}
-        yield training(f"parity-baseline-{mask}", [0], **same, kernel=BASELINE)
+        yield training(f"parity-{preset}-baseline-{mask}", [0], **same, kernel=BASELINE)
         exact = {**same, "dtype": "fp32", "kernel": EXACT}
-        yield training(f"parity-baseline-{mask}-fp32", [0], **exact)
+        yield training(f"parity-{preset}-baseline-{mask}-fp32", [0], **exact)
     for kernel in (kernel for kernel in kernels if kernel != BASELINE):
         for i, mask in enumerate(masks_of(kernel)[: 2 if world == 1 else 1]):
-            name = f"parity-deepspeed-{kernel}-none{f'-{mask}' if i else ''}"
+            name = f"parity-{preset}-deepspeed-{kernel}-none{f'-{mask}' if i else ''}"
             yield training(name, [second], **{**shape, "kernel": kernel, "mask": mask})
-    yield training(f"parity-megatron-{ours}-none", [second], "megatron", zero=0, **shape, kernel=ours)
+    yield training(f"parity-{preset}-megatron-{ours}-none", [second], "megatron", zero=0, **shape, kernel=ours)
     if world == 1:
         cells = [("megatron", BASELINE, "none", 0)] if ours != BASELINE else []
         cells += [("deepspeed", ours, "none", 3)]
@@ -115,7 +121,7 @@ def parity(world: int, kernels: Sequence[str]) -> Iterator[Run]:
         cells += [("deepspeed", ours, s, 1) for s in ("usp", "loongtrain") if world > 2]
     for framework, kernel, strategy, zero in cells:
         degrees = {"usp": {"ulysses": 2}, "loongtrain": {"ulysses": 2, "inner_ring": 2}}.get(strategy, {})
-        name = f"parity-{framework}-{kernel}-{strategy}-zero{zero}"
+        name = f"parity-{preset}-{framework}-{kernel}-{strategy}-zero{zero}"
         flags = {**shape, **degrees, "kernel": kernel, "strategy": strategy}
         yield training(name, range(world), framework, zero=zero, **flags)
 

@@ -2,8 +2,8 @@
 
     python scripts/gpu/training_table.py OUT          # prints it; writes OUT/table.md and OUT/table.json
 
-A run is compared with the baseline of its mask, OUT/parity-baseline-MASK, by the rules of `lcab parity`: the
-same tokens, losses, gradient norms and step-0 gradients; in bf16 within twice what the baseline differs by
+A run is compared with the baseline of its preset and mask, OUT/parity-PRESET-baseline-MASK, by the rules of
+`lcab parity`: the same tokens, losses, gradient norms and step-0 gradients; in bf16 within twice what the baseline differs by
 from its float32 twin, after ten steps four times. Times are medians of the steps after the first two.
 """
 
@@ -25,7 +25,7 @@ from lcab_plugin.training.loop import WARM_UP
 
 # The tables: a title, the columns, and what each shows of a row.
 WHAT = {"framework": "framework", "kernel": "kernel", "strategy": "strategy", "layout": "layout"}
-PARITY = {"mask": "mask", **WHAT, "GPUs": "world", "ZeRO": "zero", "step ms": "step_ms"}
+PARITY = {"preset": "preset", "mask": "mask", **WHAT, "GPUs": "world", "ZeRO": "zero", "step ms": "step_ms"}
 PARITY |= {"peak GiB": "peak_gib", "last loss": "last_loss", "loss, first 10 steps": "loss"}
 PARITY |= {"loss, later": "loss_later", "gradient norm": "norms", "step-0 gradients": "gradient"}
 PARITY |= {"verdict": "verdict"}
@@ -48,10 +48,10 @@ def trace(folder: Path) -> compare.Trace:
 
 
 class Parity:
-    """The baseline of a mask in the folder, and the budget that it gives."""
+    """A baseline in the folder, and the budget that it gives."""
 
-    def __init__(self, out: Path, mask: str) -> None:
-        self.name = f"parity-baseline-{mask}"
+    def __init__(self, out: Path, name: str) -> None:
+        self.name = name
         first, exact = (out / name / "metrics.jsonl" for name in (self.name, f"{self.name}-fp32"))
         self.baseline = trace(first.parent) if first.exists() else None
         self.budget: compare.Budget | None = None
@@ -130,9 +130,10 @@ def row(out: Path, folder: Path, parities: dict[str, Parity]) -> dict[str, Any]:
         "last_loss": steps[-1]["loss"],
     }
     if folder.name.startswith("parity-") and "verdict" not in found:
-        if (mask := attention["mask"]) not in parities:
-            parities[mask] = Parity(out, mask)
-        found |= parities[mask].judge(folder, run["steps"])
+        preset = folder.name.split("-")[1]
+        if (baseline := f"parity-{preset}-baseline-{attention['mask']}") not in parities:
+            parities[baseline] = Parity(out, baseline)
+        found |= {"preset": preset, **parities[baseline].judge(folder, run["steps"])}
         if "grad_norm" in found:
             found["norms"] = max(found["grad_norm"], found["grad_norm_later"])
     return found
@@ -198,10 +199,10 @@ def main() -> None:
     parities: dict[str, Parity] = {}
     rows = [row(out, folder, parities) for folder in sorted(ended, key=ended.__getitem__)]
     lines = tables(rows)
-    budgets = {mask: parity.budget for mask, parity in parities.items() if parity.budget is not None}
-    lines += [f"- `{mask}`: {budget}." for mask, budget in budgets.items()]
+    budgets = {name: parity.budget for name, parity in parities.items() if parity.budget is not None}
+    lines += [f"- `{name}`: {budget}." for name, budget in budgets.items()]
     (out / "table.md").write_text("\n".join(lines) + "\n")
-    kept = {mask: asdict(budget) for mask, budget in budgets.items()}
+    kept = {name: asdict(budget) for name, budget in budgets.items()}
     (out / "table.json").write_text(json.dumps({"budgets": kept, "rows": rows}, indent=1) + "\n")
     print("\n".join(lines))
 

@@ -192,8 +192,8 @@ def test_documents_are_not_trained_with_a_kernel_that_builds_plans_for_their_len
             assert flags["--kernel"] != "sdpa_cudnn" or flags["--mask"] == "causal"
     baselines = {r.name for r in cells.STEPS["parity"](2, kernels) if "baseline" in r.name}
     assert baselines == {
-        *("parity-baseline-causal", "parity-baseline-causal-fp32"),
-        *("parity-baseline-causal_document", "parity-baseline-causal_document-fp32"),
+        f"parity-{preset}-baseline-{mask}{dtype}"
+        for preset, mask, dtype in product(("125m", "1b"), ("causal", "causal_document"), ("", "-fp32"))
     }
 
 
@@ -272,10 +272,11 @@ def table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
 
 
 def test_the_table_judges_by_the_rules_of_lcab_parity(table, tmp_path, capsys):
-    record(tmp_path / "parity-baseline-causal", [4.0, 3.0, 2.0])
-    record(tmp_path / "parity-baseline-causal-fp32", [4.004, 3.0, 2.0], "fp32")
-    record(tmp_path / "parity-near", [4.006, 3.0, 2.0])  # within twice 1e-3
-    record(tmp_path / "parity-far", [4.01, 3.0, 2.0])
+    record(tmp_path / "parity-1b-baseline-causal", [4.0, 3.0, 2.0])
+    record(tmp_path / "parity-1b-baseline-causal-fp32", [4.004, 3.0, 2.0], "fp32")
+    record(tmp_path / "parity-1b-near", [4.006, 3.0, 2.0])  # within twice 1e-3
+    record(tmp_path / "parity-1b-far", [4.01, 3.0, 2.0])
+    record(tmp_path / "parity-125m-near", [4.0, 3.0, 2.0])  # its preset has no baseline here
     record(tmp_path / "speed-x", [4.0, 3.0, 2.0])
     failed(tmp_path / "speed-y", "crashed: rank 0")
     record(tmp_path / "speed-z", [4.0, 3.0])
@@ -285,10 +286,11 @@ def test_the_table_judges_by_the_rules_of_lcab_parity(table, tmp_path, capsys):
     rows = {row["run"]: row for row in json.loads((tmp_path / "table.json").read_text())["rows"]}
     verdicts = {name: row.get("verdict") for name, row in rows.items()}
     assert verdicts == {
-        "parity-baseline-causal": "baseline",
-        "parity-baseline-causal-fp32": "baseline in fp32",
-        "parity-near": "pass",
-        "parity-far": "fail",
+        "parity-1b-baseline-causal": "baseline",
+        "parity-1b-baseline-causal-fp32": "baseline in fp32",
+        "parity-1b-near": "pass",
+        "parity-1b-far": "fail",
+        "parity-125m-near": "no baseline",
         "speed-x": None,
         "speed-y": "did not end",
         "speed-z": "did not end",
