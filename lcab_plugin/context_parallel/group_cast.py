@@ -11,7 +11,7 @@ memory as the queries take. Where little arrives there is one stage, awaited, an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -144,7 +144,8 @@ class Stage:
     """One uneven all-to-all of one rank; ``peer`` counts along the axis.
 
     Attributes:
-        sends: per peer, the ranges of this rank's local rows that it needs, ascending.
+        sends: per peer, the ranges of this rank's local rows that it needs, ascending; of one range are rows
+            that stand together on both sides.
         receives: per peer, the lengths of the ranges that arrive from it, ascending in position.
         order: of the arriving ranges, counted peer by peer, those that ascend in position.
         keys: the global positions of the arriving rows, ascending.
@@ -353,22 +354,38 @@ def _dealt(needs: Sequence[Ints], shard: int, stages: int | None) -> list[list[i
     return [active[stage == s].tolist() for s in np.unique(stage)]
 
 
-def _stage(needs: Sequence[Ints], index: int, distances: Iterable[int]) -> Stage:
+def _stage(needs: Sequence[Ints], index: int, distances: Sequence[int]) -> Stage:
     """The stage in which every rank receives from the ranks that are these distances before it."""
     size = len(needs)
-    sources = [(index - d) % size for d in distances]
     targets = {(index + d) % size for d in distances}
-    mine = needs[index][np.isin(needs[index][:, 0], sources)]
-    by_peer = np.argsort(mine[:, 0], kind="stable")
+    mine = _arriving(needs, index, distances)
+    runs = _runs(mine)
+    by_peer = np.argsort(runs[:, 0], kind="stable")
+    sends = []
+    for i in range(size):
+        theirs = _runs(_arriving(needs, i, distances)) if i in targets else mine[:0, :3]
+        sends.append(_ranges(theirs[theirs[:, 0] == index][:, 1:]))
     return Stage(
-        tuple(_ranges(needs[i][needs[i][:, 0] == index][:, 3:]) if i in targets else () for i in range(size)),
-        tuple(
-            tuple((piece[:, 2] - piece[:, 1]).tolist())
-            for piece in (mine[mine[:, 0] == i] for i in range(size))
-        ),
+        tuple(sends),
+        tuple(tuple((r[:, 2] - r[:, 1]).tolist()) for r in (runs[runs[:, 0] == i] for i in range(size))),
         tuple(np.argsort(by_peer).tolist()),
         _ranges(mine[:, 1:3]),
     )
+
+
+def _arriving(needs: Sequence[Ints], index: int, distances: Sequence[int]) -> Ints:
+    """Of what the rank at ``index`` needs (`_Held.pieces`) what comes in this stage."""
+    sources = [(index - d) % len(needs) for d in distances]
+    return needs[index][np.isin(needs[index][:, 0], sources)]
+
+
+def _runs(pieces: Ints) -> Ints:
+    """Pieces that follow one another both where they arrive and where they are held move as one: int64 [n, 3]
+    of (position, local start, local stop)."""
+    follows = (pieces[1:, 0] == pieces[:-1, 0]) & (pieces[1:, 3] == pieces[:-1, 4])
+    begins = np.concatenate([np.ones(min(len(pieces), 1), dtype=bool), ~follows])
+    ends = np.concatenate([~follows, np.ones(min(len(pieces), 1), dtype=bool)])
+    return np.column_stack([pieces[begins, 0], pieces[begins, 3], pieces[ends, 4]])
 
 
 def _ranges(edges: Ints) -> tuple[range, ...]:
