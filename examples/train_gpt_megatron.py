@@ -50,7 +50,7 @@ from lcab_plugin.masks import AttentionMask
 from lcab_plugin.training import arguments, evaluation, gpt_in_megatron, loop
 from lcab_plugin.training.batch_mask import Window, read_window
 from lcab_plugin.training.data import Text, window_samples
-from lcab_plugin.training.gpt import NORM_EPSILON, ROPE_BASE, GPTConfig
+from lcab_plugin.training.gpt import NORM_EPSILON, RATES, ROPE_BASE, GPTConfig
 from lcab_plugin.training.measure import StepTimer
 from lcab_plugin.training.settings import ATTENTION
 
@@ -421,7 +421,7 @@ def parse_args() -> argparse.Namespace:
     arguments.add_training(group)
     dtype = "bf16" if torch.cuda.is_available() else "fp32"
     parser.set_defaults(global_batch=8, micro_batch=1, dtype=dtype, optimizer="adamw")
-    parser.set_defaults(lr=1e-3, weight_decay=0.1, clip=1.0)  # as configs/zero1.json
+    parser.set_defaults(weight_decay=0.1, clip=1.0)  # as configs/zero1.json
     add = parser.add_argument_group("parallelism").add_argument
     add("--tensor-parallel", type=arguments.positive, default=1, metavar="N", help="(%(default)s)")
     add("--pipeline-parallel", type=arguments.positive, default=1, metavar="N", help="stages (%(default)s)")
@@ -433,6 +433,8 @@ def parse_args() -> argparse.Namespace:
     arguments.add_attention(parser.add_argument_group("attention"))
     arguments.add_run(parser)
     args = arguments.parse(parser)
+    if args.lr is None:
+        args.lr = RATES[args.preset]
     if args.dtype not in DTYPES:
         parser.error(f"--dtype {args.dtype} needs a loss scale, which this script has not: give bf16 or fp32")
     if args.keep_attention and args.recompute != "full":

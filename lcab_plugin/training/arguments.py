@@ -8,7 +8,7 @@ from pathlib import Path
 from lcab_plugin.config import AttentionConfig
 from lcab_plugin.masks import distributions
 from lcab_plugin.training.data import LOSS_MASKS
-from lcab_plugin.training.gpt import PRESETS, SIZES, GPTConfig
+from lcab_plugin.training.gpt import PRESETS, RATES, SIZES, GPTConfig
 from lcab_plugin.training.settings import ATTENTION, DEGREES, DTYPES, OPTIMIZERS
 
 
@@ -47,7 +47,8 @@ def add_training(group: argparse._ArgumentGroup) -> None:
     add("--micro-batch", type=positive, metavar="N", help="samples of a forward pass")
     add("--dtype", choices=DTYPES, help="(bf16 on a GPU, fp32 on a CPU)")
     add("--optimizer", choices=OPTIMIZERS)
-    add("--lr", type=float, metavar="RATE", help="learning rate, after the warm-up")
+    shown = ", ".join(f"{RATES[preset]:g}" for preset in PRESETS)
+    add("--lr", type=float, metavar="RATE", help=f"learning rate, after the warm-up (by preset: {shown})")
     add("--warmup", type=int, default=10, metavar="N", help="steps in which it rises (%(default)s)")
     add("--weight-decay", type=float, metavar="RATE")
     add("--clip", type=float, metavar="NORM", help="largest gradient norm; 0 for no limit")

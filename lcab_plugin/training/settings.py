@@ -11,6 +11,7 @@ from typing import Any
 from lcab_plugin import kernels
 from lcab_plugin.adapters import slots
 from lcab_plugin.errors import LcabError
+from lcab_plugin.training.gpt import RATES
 
 DTYPES = ("fp32", "bf16", "fp16")
 OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD"}
@@ -42,7 +43,8 @@ class Settings:
 
         Those named in ``ATTENTION`` go to the section ``"lcab"``;
         ``global_batch``, ``micro_batch``, ``dtype``, ``optimizer``, ``lr``, ``weight_decay`` and ``clip`` to
-        DeepSpeed's own settings. Other flags are not looked at.
+        DeepSpeed's own settings. A learning rate that is in neither is that of ``preset``. Other flags are
+        not looked at.
         """
         self._attention(flags)
         if flags.get("global_batch") or flags.get("micro_batch"):
@@ -105,7 +107,7 @@ class Settings:
         params = section.setdefault("params", {})
         self._put(params, "lr", flags.get("lr"))
         self._put(params, "weight_decay", flags.get("weight_decay"))
-        params.setdefault("lr", 1e-3)
+        params.setdefault("lr", RATES[flags.get("preset") or "tiny"])
         if section["type"] not in ("Adam", "AdamW"):
             self.config["zero_allow_untested_optimizer"] = True  # DeepSpeed tests ZeRO with Adam
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from lcab_plugin.errors import LcabError
+from lcab_plugin.training.gpt import PRESETS, RATES
 from lcab_plugin.training.settings import Settings
 
 FILE: dict[str, Any] = {
@@ -52,6 +53,15 @@ def test_a_strategy_takes_the_old_degrees_with_it(settings: Settings) -> None:
 def test_the_same_strategy_keeps_its_degrees(settings: Settings) -> None:
     settings.apply({"strategy": "usp", "ulysses": 4})
     assert settings.config["lcab"] == {"kernel": "sdpa_flash", "strategy": "usp", "ulysses": 4, "ring": 2}
+
+
+def test_a_learning_rate_that_nobody_gives_is_the_presets(settings: Settings) -> None:
+    settings.apply({"preset": "1b"})
+    assert settings.config["optimizer"]["params"]["lr"] == 1e-3, "the file's"
+    del settings.config["optimizer"]["params"]["lr"]
+    settings.apply({"preset": "1b"})
+    assert settings.config["optimizer"]["params"]["lr"] == RATES["1b"]
+    assert RATES.keys() == PRESETS.keys()
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
