@@ -4,8 +4,8 @@
 
 A run is compared with the baseline of its preset and mask, OUT/parity-PRESET-baseline-MASK, by the rules of
 `lcab parity`: the same tokens, losses, gradient norms and step-0 gradients; in bf16 within twice what the
-baseline differs by from its float32 twin, after ten steps four times. Times are medians of the steps after the
-first two.
+baseline differs by from its float32 twin, after ten steps four times. Times are medians of the steps after
+the first two.
 """
 
 from __future__ import annotations
