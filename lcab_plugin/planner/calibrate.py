@@ -182,12 +182,15 @@ def held_out(record: Record) -> bool:
 def _fitted_kernel(
     kernel: str, step: str, known: list[tuple[Record, AttentionMask]], device: str
 ) -> tuple[tuple[float, ...], Error]:
-    """Costs fitted to all but the held-out records, and the error on those."""
+    """Costs fitted to all but the held-out records, and the error on those. What a cell costs whatever the
+    head_dim shows between two of them; of one it is part of what its FLOPs cost."""
     amounts = np.array(
         [features(step, work(kernel, mask, r["head_dim"], device), _heads(r)) for r, mask in known]
     )
     seconds = np.array([r["median_ms"] / 1e3 for r, _ in known])
     held = np.array([held_out(r) for r, _ in known])
+    if len({r["head_dim"] for r, _ in known}) == 1:
+        amounts[:, COSTS.index("cells")] = 0.0
     costs = least_squares(amounts[~held], seconds[~held])
     names = [f"{r['mask']} {r['seqlen']}" for r, _ in known]
     return tuple(costs.tolist()), _error(f"{kernel} {step}", amounts @ costs, seconds, held, names)
@@ -248,8 +251,8 @@ def _fit_linear(steps: list[Record], hardware: Hardware, dtype: str, result: Cal
         flops = 6 * matrices * step["tokens"] / run["world"]
         area = (step["model_tflops"] * 1e12 / run["world"] - flops) / 3  # attention's, forward
         speed = speeds.get(run["attention"]["kernel"], assumed(hardware, dtype))
-        computed = COSTS.index("computed")
-        attention = area * sum(PASSES[p] * getattr(speed, p)[computed] for p in PASSES)
+        head_dim = shape.get("head_dim") or shape["hidden"] // shape["heads"]
+        attention = area * speed.seconds_a_flop(head_dim)
         ideal = flops / hardware.peak_of(dtype)
         if hardware.device == "cuda" and attention + ideal / hardware.linear_share < _host(run):
             result.left_out["training steps so short that GPUs may have waited for the host"] += 1

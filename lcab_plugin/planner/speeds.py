@@ -1,4 +1,4 @@
-"""How fast a kernel does its work: seven costs for each pass, fitted to records or assumed."""
+"""How fast a kernel does its work: eight costs for each pass, fitted to records or assumed."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ PASSES = {"fwd": 1.0, "bwd": 2.5}  # FLOPs over the forward's: five products to 
 
 # What is fitted, and its unit: seconds of a launch, of a native call; seconds a FLOP computed, seconds more a
 # FLOP that the mask hides, seconds a FLOP of the segments' rectangles beyond; seconds a byte of q, k, v and
-# out, and of rows copied or merged.
-COSTS = ("launch", "call", "computed", "hidden", "outside", "tensors", "moved")
+# out, and of rows copied or merged; seconds a cell computed, whatever the head_dim: its exponential.
+COSTS = ("launch", "call", "computed", "hidden", "outside", "tensors", "moved", "cells")
 
 # Taken where a kernel was never measured: shares of the peak within those of the kernels measured on an H100
 # (docs/results/2026-11-23-h100: 0.35 to 0.60 forward, 0.29 to 0.48 backward), 30 us a call.
@@ -56,9 +56,17 @@ class Speed:
         amounts = features(step, work, heads)
         return sum(cost * amount for cost, amount in zip(getattr(self, step), amounts, strict=True))
 
+    def seconds_a_flop(self, head_dim: int) -> float:
+        """Of both passes, over the forward's FLOPs, where cells are all that counts."""
+        flop, cell = COSTS.index("computed"), COSTS.index("cells")
+        return sum(
+            PASSES[step] * costs[flop] + costs[cell] / (4 * head_dim)
+            for step, costs in (("fwd", self.fwd), ("bwd", self.bwd))
+        )
+
     def scaled(self, compute: float, stream: float, origin: str) -> Speed:
         """On a device that computes ``compute`` times as fast and moves bytes ``stream`` times as fast."""
-        by = np.array([1, 1, compute, compute, compute, stream, stream])
+        by = np.array([1, 1, compute, compute, compute, stream, stream, compute])
         fwd, bwd = (tuple((np.array(costs) / by).tolist()) for costs in (self.fwd, self.bwd))
         return replace(self, fwd=fwd, bwd=bwd, origin=origin)
 
@@ -75,6 +83,7 @@ def features(step: str, work: Work, heads: Heads) -> tuple[float, ...]:
         work.outside * flops,
         2 * (work.rows * heads.heads + work.keys * heads.kv_heads) * row,
         work.moved * heads.heads * row,
+        work.computed * heads.batch * heads.heads,
     )
 
 
@@ -83,7 +92,7 @@ def assumed(hardware: Hardware, dtype: str) -> Speed:
 
     def costs(step: str) -> tuple[float, ...]:
         flop = 1 / (ASSUMED_SHARE[step] * hardware.peak_of(dtype))
-        return 0.0, ASSUMED_CALL, flop, 0.0, 0.0, 1 / hardware.stream, 1 / hardware.stream
+        return 0.0, ASSUMED_CALL, flop, 0.0, 0.0, 1 / hardware.stream, 1 / hardware.stream, 0.0
 
     return Speed(costs("fwd"), costs("bwd"), "assumed")
 

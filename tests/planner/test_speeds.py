@@ -28,6 +28,7 @@ def shipped(gpu: str) -> list[dict[str, Any]]:
     """The records that planner/measured.py was fitted to."""
     if gpu == "H200":
         cells = [r for r in recorded("2026-11-29-h200/kernels") if r["seqlen"] >= 2048]
+        cells += recorded("2026-11-29-h200/head_dim_64")
     else:
         fa4 = [r for r in recorded("2026-11-23-h100/with_fa4") if r["kernel"] == "fa4"]
         cells = recorded("2026-11-23-h100/kernels") + fa4
@@ -117,7 +118,8 @@ def test_what_ships_is_what_the_records_give_and_predicts_those_held_back(gpu: s
 def test_cudnn_computes_the_whole_rectangle_backward_but_for_causal_bands_in_squares() -> None:
     n, speed = 16384, MEASURED["H200"]["cudnn"]
     fwd, bwd = (dict(zip(COSTS, costs, strict=True)) for costs in (speed.fwd, speed.bwd))
-    assert bwd["outside"] == pytest.approx(bwd["computed"], rel=0.1)
+    computed = bwd["computed"] + bwd["cells"] / (4 * 128 * speeds.PASSES["bwd"])
+    assert bwd["outside"] == pytest.approx(computed, rel=0.1, abs=0)
     assert fwd["outside"] < 0.01 * fwd["computed"]
     for mask in (masks.causal(n), masks.sliding_window_causal(n, 1024), masks.full(n)):
         assert work("cudnn", mask, 128, "cuda").outside == 0
@@ -125,6 +127,22 @@ def test_cudnn_computes_the_whole_rectangle_backward_but_for_causal_bands_in_squ
     assert window.outside == n * n - window.computed
     prefix = work("cudnn", masks.prefix_lm_causal(n, 4096), 128, "cuda")  # its causal part is no square
     assert prefix.outside > 0.2 * n * n
+
+
+def test_what_a_cell_costs_whatever_the_head_dim_shows_between_two() -> None:
+    found = [r for r in shipped("H200") if r["kernel"] == "triton"]
+    wide = [r for r in found if r["head_dim"] == 128]
+    narrow = [r for r in found if r["head_dim"] == 64]
+    assert len(narrow) == 4
+    cell = COSTS.index("cells")
+    one, both = (calibrate.fit(cells, HARDWARE["H200"], "bf16").speeds["triton"] for cells in (wide, found))
+    assert (one.fwd[cell], one.bwd[cell]) == (0, 0)
+    for record in narrow:  # an exponential a cell is half of this forward
+        mask = calibrate.mask_of(record)
+        assert mask is not None
+        done = record["pass"], work("triton", mask, 64, "cuda"), calibrate._heads(record)
+        seconds = record["median_ms"] / 1e3
+        assert abs(both.seconds(*done) / seconds - 1) < 0.05 < abs(one.seconds(*done) / seconds - 1)
 
 
 def test_records_of_other_hardware_and_numbers_are_left_aside() -> None:
@@ -144,15 +162,14 @@ def test_the_share_of_matrices_is_fitted_to_training() -> None:
         "first_step": 0,
         "device": "NVIDIA H200",
         "dtype": "bf16",
-        "model": {"vocab": 100, "hidden": 64, "layers": 12},
+        "model": {"vocab": 100, "hidden": 64, "layers": 12, "heads": 1},
         "parameters": 1e9,
         "world": 8,
         "attention": {"kernel": "triton"},
     }
     tokens, area_flops = 65536, 1e15
     matrices = 6 * (1e9 - 6400) * tokens
-    costs = sum(speeds.PASSES[p] * getattr(TRITON, p)[COSTS.index("computed")] for p in speeds.PASSES)
-    seconds = area_flops / 3 / 8 * costs + matrices / 8 / (0.45 * 989e12)
+    seconds = area_flops / 3 / 8 * TRITON.seconds_a_flop(64) + matrices / 8 / (0.45 * 989e12)
     steps = [
         {
             "type": "step",
