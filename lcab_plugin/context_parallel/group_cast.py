@@ -26,7 +26,7 @@ from lcab_plugin.kernels.contract import KernelOptions, accumulation_dtype
 from lcab_plugin.kernels.merge import RowSum, Softmax
 from lcab_plugin.layout import Layout, View
 from lcab_plugin.masks import AttentionMask
-from lcab_plugin.masks.geometry import Ints, expand
+from lcab_plugin.masks.geometry import Ints, expand, runs
 from lcab_plugin.operation import Operation, Saved, Sums
 
 STAGES = 2  # a transfer to hide behind the own keys and one behind the first; more cost more, smaller blocks
@@ -359,15 +359,15 @@ def _stage(needs: Sequence[Ints], index: int, distances: Sequence[int]) -> Stage
     size = len(needs)
     targets = {(index + d) % size for d in distances}
     mine = _arriving(needs, index, distances)
-    runs = _runs(mine)
-    by_peer = np.argsort(runs[:, 0], kind="stable")
+    own = _moved(mine)
+    by_peer = np.argsort(own[:, 0], kind="stable")
     sends = []
     for i in range(size):
-        theirs = _runs(_arriving(needs, i, distances)) if i in targets else mine[:0, :3]
+        theirs = _moved(_arriving(needs, i, distances)) if i in targets else own[:0]
         sends.append(_ranges(theirs[theirs[:, 0] == index][:, 1:]))
     return Stage(
         tuple(sends),
-        tuple(tuple((r[:, 2] - r[:, 1]).tolist()) for r in (runs[runs[:, 0] == i] for i in range(size))),
+        tuple(tuple((r[:, 2] - r[:, 1]).tolist()) for r in (own[own[:, 0] == i] for i in range(size))),
         tuple(np.argsort(by_peer).tolist()),
         _ranges(mine[:, 1:3]),
     )
@@ -379,13 +379,12 @@ def _arriving(needs: Sequence[Ints], index: int, distances: Sequence[int]) -> In
     return needs[index][np.isin(needs[index][:, 0], sources)]
 
 
-def _runs(pieces: Ints) -> Ints:
-    """Pieces that follow one another both where they arrive and where they are held move as one: int64 [n, 3]
-    of (position, local start, local stop)."""
-    follows = (pieces[1:, 0] == pieces[:-1, 0]) & (pieces[1:, 3] == pieces[:-1, 4])
-    begins = np.concatenate([np.ones(min(len(pieces), 1), dtype=bool), ~follows])
-    ends = np.concatenate([~follows, np.ones(min(len(pieces), 1), dtype=bool)])
-    return np.column_stack([pieces[begins, 0], pieces[begins, 3], pieces[ends, 4]])
+def _moved(pieces: Ints) -> Ints:
+    """What moves as one: pieces that follow one another both where they arrive and where they are held. int64
+    [n, 3] of (position, local start, local stop)."""
+    breaks = (pieces[1:, 0] != pieces[:-1, 0]) | (pieces[1:, 3] != pieces[:-1, 4])
+    first, last = runs(breaks, len(pieces))
+    return np.column_stack([pieces[first, 0], pieces[first, 3], pieces[last, 4]])
 
 
 def _ranges(edges: Ints) -> tuple[range, ...]:

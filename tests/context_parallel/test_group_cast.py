@@ -245,6 +245,17 @@ def test_the_ranks_plans_fit_together(name, n, world, stages, which):
         assert all(list(stage.keys) == sorted(stage.keys, key=lambda k: k.start) for stage in own)
 
 
+def test_rows_that_stand_together_on_both_sides_move_as_one():
+    n = 4096
+    mask = masks.causal(n)
+    view = View(mask, layouts.make("balanced", 2, n, mask), (0,), (0,))
+    assert len(view.layout.ranges[0]) > 10
+    for stage in plan(Axis("ring", 2, 1, 0, None), view, 1):
+        assert [len(ranges) for ranges in stage.sends] == [0, 1]
+        assert [len(lengths) for lengths in stage.receives] == [0, 1]
+        assert len(stage.keys) > 10
+
+
 def test_a_rank_that_needs_nothing_takes_part():
     layout = layouts.contiguous(64, 4)
     stages = plan(Axis("ring", 4, 1, 0, None), View(masks.causal(64), layout, (0,), (0,)))
