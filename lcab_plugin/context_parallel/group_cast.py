@@ -375,8 +375,9 @@ def _stage(needs: Sequence[Ints], index: int, distances: Sequence[int]) -> Stage
 
 def _arriving(needs: Sequence[Ints], index: int, distances: Sequence[int]) -> Ints:
     """Of what the rank at ``index`` needs (`_Held.pieces`) what comes in this stage."""
-    sources = [(index - d) % len(needs) for d in distances]
-    return needs[index][np.isin(needs[index][:, 0], sources)]
+    need, comes = needs[index], np.zeros(len(needs), dtype=bool)
+    comes[[(index - d) % len(needs) for d in distances]] = True
+    return need[comes[need[:, 0]]]
 
 
 def _moved(pieces: Ints) -> Ints:

@@ -189,7 +189,7 @@ def _fitted_kernel(
     )
     seconds = np.array([r["median_ms"] / 1e3 for r, _ in known])
     held = np.array([held_out(r) for r, _ in known])
-    if len({r["head_dim"] for r, _ in known}) == 1:
+    if len({r["head_dim"] for (r, _), back in zip(known, held, strict=True) if not back}) < 2:
         amounts[:, COSTS.index("cells")] = 0.0
     costs = least_squares(amounts[~held], seconds[~held])
     names = [f"{r['mask']} {r['seqlen']}" for r, _ in known]
@@ -249,10 +249,13 @@ def _fit_linear(steps: list[Record], hardware: Hardware, dtype: str, result: Cal
         shape = run["model"]
         matrices = run["parameters"] - shape["vocab"] * shape["hidden"]
         flops = 6 * matrices * step["tokens"] / run["world"]
-        area = (step["model_tflops"] * 1e12 / run["world"] - flops) / 3  # attention's, forward
+        area = (step["model_tflops"] * 1e12 / run["world"] - flops) / 3  # attention's FLOPs, forward
         speed = speeds.get(run["attention"]["kernel"], assumed(hardware, dtype))
         head_dim = shape.get("head_dim") or shape["hidden"] // shape["heads"]
-        attention = area * speed.seconds_a_flop(head_dim)
+        costs = {p: dict(zip(COSTS, getattr(speed, p), strict=True)) for p in PASSES}
+        attention = area * sum(
+            PASSES[p] * of["computed"] + of["cells"] / (4 * head_dim) for p, of in costs.items()
+        )
         ideal = flops / hardware.peak_of(dtype)
         if hardware.device == "cuda" and attention + ideal / hardware.linear_share < _host(run):
             result.left_out["training steps so short that GPUs may have waited for the host"] += 1

@@ -56,14 +56,6 @@ class Speed:
         amounts = features(step, work, heads)
         return sum(cost * amount for cost, amount in zip(getattr(self, step), amounts, strict=True))
 
-    def seconds_a_flop(self, head_dim: int) -> float:
-        """Of both passes, over the forward's FLOPs, where cells are all that counts."""
-        flop, cell = COSTS.index("computed"), COSTS.index("cells")
-        return sum(
-            PASSES[step] * costs[flop] + costs[cell] / (4 * head_dim)
-            for step, costs in (("fwd", self.fwd), ("bwd", self.bwd))
-        )
-
     def scaled(self, compute: float, stream: float, origin: str) -> Speed:
         """On a device that computes ``compute`` times as fast and moves bytes ``stream`` times as fast."""
         by = np.array([1, 1, compute, compute, compute, stream, stream, compute])

@@ -107,7 +107,7 @@ class Settings:
         params = section.setdefault("params", {})
         self._put(params, "lr", flags.get("lr"))
         self._put(params, "weight_decay", flags.get("weight_decay"))
-        params.setdefault("lr", RATES[flags.get("preset") or "tiny"])
+        params.setdefault("lr", RATES[flags.get("preset", "tiny")])
         if section["type"] not in ("Adam", "AdamW"):
             self.config["zero_allow_untested_optimizer"] = True  # DeepSpeed tests ZeRO with Adam
 

@@ -30,9 +30,9 @@ export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}" # Megatron makes gloo grou
 GPUS="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
 WORLD="${WORLD:-$((GPUS ? GPUS : 2))}"
 if ((WORLD > 1)); then
-    STRATEGY=ring_p2p ORDER="probe smoke parity speed longest" PATIENCE=60 # seconds of one run
-else # which takes longer where one GPU does all the work of a sequence
-    STRATEGY=none ORDER="probe speed parity longest" PATIENCE=120
+    STRATEGY=ring_p2p ORDER="probe smoke parity speed longest"
+else
+    STRATEGY=none ORDER="probe speed parity longest"
 fi
 if ((GPUS)); then
     ((GPUS >= WORLD && WORLD >= 1)) || { echo "$WORLD processes need as many GPUs; there are $GPUS" >&2; exit 2; }
@@ -64,7 +64,7 @@ print("deepspeed", deepspeed.__version__, "megatron-core", megatron.core.__versi
 runs() {
     local left=$((ALL_SECONDS - SECONDS - 30))
     "$PYTHON" scripts/gpu/training_cells.py "$1" "$OUT" --seconds "$(($2 < left ? $2 : left))" --world "$WORLD" \
-        --patience "$PATIENCE" --kernels "$KERNELS" --only "${ONLY:-}" "${@:3}"
+        --kernels "$KERNELS" --only "${ONLY:-}" "${@:3}"
 }
 
 smoke() { runs smoke "${SMOKE_SECONDS:-80}"; }

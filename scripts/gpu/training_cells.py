@@ -216,7 +216,8 @@ def main() -> None:
     parser.add_argument("step", choices=STEPS)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seconds", type=float, required=True, help="for all runs together")
-    parser.add_argument("--patience", type=float, default=60.0, help="seconds of one run")
+    # one GPU trains 50 steps of 1b in float32 in 61 s
+    parser.add_argument("--patience", type=float, default=120.0, help="seconds of one run")
     parser.add_argument("--world", type=int, required=True)
     parser.add_argument("--kernels", required=True, help="ours first")
     parser.add_argument("--only", default="", help="a regular expression that the names of runs match")

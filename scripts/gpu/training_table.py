@@ -68,13 +68,15 @@ class Parity:
                 self.budget = compare.twice(compare.deviations(self.baseline, twin, self.dtype))
 
     def judge(self, folder: Path, steps: int) -> dict[str, Any]:
-        """Deviations, verdict and problems of a run, kept beside its records: gradients are large."""
+        """Deviations, verdict and problems of a run, kept beside its records in place of its gradients, which
+        are large (4 GB of preset 1b)."""
         kept = folder / "compared.json"
         if kept.exists():
             return dict(json.loads(kept.read_text()))
         found = self.compare(folder, steps)
         if found["verdict"] in ("pass", "fail"):
             kept.write_text(json.dumps(found) + "\n")
+            (folder / "gradients.pt").unlink()
         return found
 
     def compare(self, folder: Path, steps: int) -> dict[str, Any]:

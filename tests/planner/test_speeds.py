@@ -129,7 +129,7 @@ def test_cudnn_computes_the_whole_rectangle_backward_but_for_causal_bands_in_squ
     assert prefix.outside > 0.2 * n * n
 
 
-def test_what_a_cell_costs_whatever_the_head_dim_shows_between_two() -> None:
+def test_what_a_cell_costs_whatever_the_head_dim_shows_between_two(monkeypatch: pytest.MonkeyPatch) -> None:
     found = [r for r in shipped("H200") if r["kernel"] == "triton"]
     wide = [r for r in found if r["head_dim"] == 128]
     narrow = [r for r in found if r["head_dim"] == 64]
@@ -137,6 +137,10 @@ def test_what_a_cell_costs_whatever_the_head_dim_shows_between_two() -> None:
     cell = COSTS.index("cells")
     one, both = (calibrate.fit(cells, HARDWARE["H200"], "bf16").speeds["triton"] for cells in (wide, found))
     assert (one.fwd[cell], one.bwd[cell]) == (0, 0)
+    with monkeypatch.context() as patch:  # the other head_dim is none of those that are fitted
+        patch.setattr(calibrate, "held_out", lambda record: record["head_dim"] == 64)
+        held = calibrate.fit(found, HARDWARE["H200"], "bf16").speeds["triton"]
+    assert (held.fwd[cell], held.bwd[cell]) == (0, 0)
     for record in narrow:  # an exponential a cell is half of this forward
         mask = calibrate.mask_of(record)
         assert mask is not None
@@ -169,7 +173,9 @@ def test_the_share_of_matrices_is_fitted_to_training() -> None:
     }
     tokens, area_flops = 65536, 1e15
     matrices = 6 * (1e9 - 6400) * tokens
-    seconds = area_flops / 3 / 8 * TRITON.seconds_a_flop(64) + matrices / 8 / (0.45 * 989e12)
+    fwd, bwd = (dict(zip(COSTS, costs, strict=True)) for costs in (TRITON.fwd, TRITON.bwd))
+    costs = fwd["computed"] + 2.5 * bwd["computed"] + (fwd["cells"] + bwd["cells"]) / (4 * 64)
+    seconds = area_flops / 3 / 8 * costs + matrices / 8 / (0.45 * 989e12)
     steps = [
         {
             "type": "step",

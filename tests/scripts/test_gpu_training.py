@@ -295,6 +295,8 @@ def test_the_table_judges_by_the_rules_of_lcab_parity(table, tmp_path, capsys):
         "speed-y": "did not end",
         "speed-z": "did not end",
     }
+    kept = {path.parent.name for path in tmp_path.glob("parity-1b-*/gradients.pt")}
+    assert kept == {"parity-1b-baseline-causal", "parity-1b-baseline-causal-fp32"}
     assert rows["speed-x"]["tokens_per_s"] == pytest.approx(10_000)
     out = capsys.readouterr().out
     assert "- `speed-y`: crashed: rank 0" in out
