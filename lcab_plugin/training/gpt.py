@@ -23,7 +23,6 @@ PRESETS = {  # 1b and 7b are the shapes of Llama 3.2 1B and Mistral 7B
 RATES = {"tiny": 1e-3, "125m": 1e-3, "1b": 1e-4, "7b": 5e-5}
 ROPE_BASE = 500_000
 NORM_EPSILON = 1e-6
-_STD = 0.02
 
 
 @dataclass(frozen=True)
@@ -72,14 +71,19 @@ class GPTConfig:
         """First value of a parameter, float32 on the CPU.
 
         It depends on nothing but the shape, the name and the seed, so a rank may draw just what it holds, and
-        the model is the same in every framework and under all degrees. Norms begin at 1, matrices normal
-        with standard deviation 0.02, less into the residual stream (GPT-2).
+        the model is the same in every framework and under all degrees. Norms begin at 1, embeddings normal
+        with standard deviation 1, matrices with 0.02, less into the residual stream (GPT-2). Embeddings of
+        0.02 would be small beside what the first block adds: its gradients are large then, and the loss
+        spikes (arXiv 2312.16903).
         """
         shape = self.shapes()[name]
         if len(shape) == 1:
             return torch.ones(shape)
         digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        into_residual = name.endswith(("out.weight", "down.weight"))
-        std = _STD / math.sqrt(2 * self.layers) if into_residual else _STD
+        std = 0.02
+        if name == "embedding.weight":
+            std = 1.0
+        elif name.endswith(("out.weight", "down.weight")):
+            std /= math.sqrt(2 * self.layers)
         return torch.randn(shape, generator=generator) * std
