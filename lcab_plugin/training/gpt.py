@@ -18,8 +18,8 @@ PRESETS = {  # 1b and 7b are the shapes of Llama 3.2 1B and Mistral 7B
     "1b": (16, 2048, 32, 8, 8192, 8192),
     "7b": (32, 4096, 32, 8, 14336, 32768),
 }
-# Learning rates, after ten steps of warm-up: less the wider the model. At 1e-3 the loss of 1b rises from 6 to
-# 10 in its first five steps.
+# Learning rates, after ten steps of warm-up: less the wider the model, for Adam's first steps change a
+# matrix's every entry by the rate, and outputs by as many of them as it has columns.
 RATES = {"tiny": 1e-3, "125m": 1e-3, "1b": 1e-4, "7b": 5e-5}
 ROPE_BASE = 500_000
 NORM_EPSILON = 1e-6

@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
+from torch.nn.functional import rms_norm
 
 from lcab_plugin.errors import LcabError
 from lcab_plugin.training import gpt_in_megatron
-from lcab_plugin.training.gpt import GPTConfig
+from lcab_plugin.training.gpt import PRESETS, GPTConfig
 
 CONFIG = GPTConfig(vocab=12, layers=4, hidden=16, heads=8, kv_heads=4, head_dim=2, ffn=24)
 
@@ -28,9 +29,21 @@ def test_first_values_depend_on_name_and_seed() -> None:
     assert not any(torch.equal(CONFIG.initial(name, 3), other) for other in others)
     assert torch.equal(CONFIG.initial("norm.weight", 0), torch.ones(16))
     wide = GPTConfig(vocab=512, layers=8, hidden=256, heads=4, kv_heads=2, head_dim=64, ffn=512)
+    assert wide.initial("embedding.weight", 0).std().item() == pytest.approx(1.0, rel=0.02)
     assert wide.initial("head.weight", 0).std().item() == pytest.approx(0.02, rel=0.02)
     assert wide.initial("blocks.0.ffn.down.weight", 0).std().item() == pytest.approx(0.02 / 4, rel=0.02)
     assert wide.parameters == sum(math.prod(shape) for shape in wide.shapes().values())
+
+
+def test_attention_adds_little_to_what_it_finds() -> None:
+    """Else the first gradients are large and the loss spikes (arXiv 2312.16903), as 1b's did."""
+    layers, hidden, heads, kv_heads, ffn, _ = PRESETS["1b"]
+    config = GPTConfig(257, layers, hidden, heads, kv_heads, hidden // heads, ffn)
+    names = ("embedding", "blocks.0.attention.value", "blocks.0.attention.out")
+    embedding, value, out = (config.initial(f"{name}.weight", 0) for name in names)
+    of_keys = rms_norm(embedding, embedding.shape[1:]) @ value.T  # every token sees itself alone
+    added = of_keys.unflatten(1, (kv_heads, -1)).repeat_interleave(heads // kv_heads, 1).flatten(1) @ out.T
+    assert added.norm() < embedding.norm() / 2
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
