@@ -5,8 +5,8 @@ stages by their distance along the axis; a stage is one uneven all-to-all, begun
 it is computed, and this rank's own keys are the first block. Received rows are not kept for backward, which
 asks for them again and sends their gradients home, in the dtype of accumulation, the same way (group reduce).
 
-Blocks have a price: their softmaxes are merged, and their gradients of the queries added up, over as much
-memory as the queries take. Where little arrives there is one stage, awaited, and one block.
+Blocks have a price: each is launched, their softmaxes are merged and their gradients of the queries added up,
+over as much memory as the queries take. Where little arrives there is one stage, awaited, and one block.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ SHARDS = 4  # rows of one stage, in whole shards: what bounds the memory where a
 # Bytes that arrive at a rank over those of its queries, at most, for which waiting is less than merging: an
 # H100 merges a query's row in about the time in which NVLink brings a third as many bytes.
 AT_ONCE = 0.25
+# And bytes that NVLink brings in 40 us, less than any host takes to launch a block more.
+FEW = 8 * 2**20
 
 
 class GroupCast:
@@ -106,11 +108,17 @@ class GroupCast:
         way_home.wait(len(cast.stages) - 1)
 
     def _cast(self, q: Tensor, k: Tensor, v: Tensor, view: View) -> _Cast:
-        if self.stages is None and most_arriving(self.axis, view) * (_width(k) + _width(v)) <= (
-            AT_ONCE * fewest_queries(self.axis, view) * _width(q)
+        if self.stages is None and at_once(
+            most_arriving(self.axis, view) * (_width(k) + _width(v)) * k.element_size(),
+            fewest_queries(self.axis, view) * _width(q) * q.element_size(),
         ):
             return _Cast(self.axis, plan(self.axis, view, 1), k, v, at_once=True)
         return _Cast(self.axis, plan(self.axis, view, self.stages), k, v)
+
+
+def at_once(arriving: float, queries: float) -> bool:
+    """Whether one block is computed, all being here: of bytes that arrive and bytes of queries."""
+    return arriving <= max(FEW, AT_ONCE * queries)
 
 
 def _zeros(*like: Tensor) -> list[Tensor]:
@@ -199,7 +207,7 @@ class _Cast:
         """The rows of the only stage and the own ones, ascending in position."""
         arrived, self._places = self.wait(0), _places(view.keys.rows(view.k_ranks), self.stages[0].keys)
         key, value = (
-            torch.cat([(own, other)[at][:, a:b] for at, a, b, _ in self._places], 1)
+            torch.cat([(own, other)[at][:, a:b] for at, a, b, _ in self._places] or [own], 1)
             for own, other in zip(self._tensors, arrived, strict=True)
         )
         return key, value, _Rows(view, tuple(rows for *_, rows in self._places))

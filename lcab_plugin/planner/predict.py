@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from lcab_plugin.context_parallel.group_cast import AT_ONCE
+from lcab_plugin.context_parallel.group_cast import at_once
 from lcab_plugin.masks import AttentionMask
 from lcab_plugin.planner import memory, split, traffic
 from lcab_plugin.planner.hardware import Hardware
@@ -104,8 +104,8 @@ def call(plan: Plan, setting: Setting, step: str) -> Call:
 
 def cast_at_once(plan: Plan, model: Model) -> bool:
     """Whether group cast awaits all keys and computes one block."""
-    arriving = plan.cast[1] * 2 * model.kv_heads
-    return bool(arriving <= AT_ONCE * plan.block.rows * model.heads)
+    row = model.head_dim * model.itemsize
+    return at_once(plan.cast[1] * 2 * model.kv_heads * row, plan.block.rows * model.heads * row)
 
 
 def _handled(plan: Plan, setting: Setting, step: str, parts: _Parts) -> float:

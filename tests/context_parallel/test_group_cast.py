@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import lcab_plugin as lcab
 from lcab_plugin import kernels, masks
 from lcab_plugin import layout as layouts
-from lcab_plugin.context_parallel import collectives
+from lcab_plugin.context_parallel import collectives, group_cast
 from lcab_plugin.context_parallel.collectives import AllToAllExchange
 from lcab_plugin.context_parallel.group_cast import GroupCast, plan
 from lcab_plugin.context_parallel.ring_all_gather import RingAllGather
@@ -76,7 +76,7 @@ def conformance(rank: int, world: int, kernel: str, n: int, dtype: torch.dtype, 
     for kv_heads, (name, mask) in itertools.product((4, 1), families(n).items()):
         x = inputs(n, n, 4, kv_heads, 16, dtype)
         want = reference(*x, mask, scale=OPTIONS.scale)
-        for maker, stages in itertools.product(makers, (1, 2, 9)):
+        for maker, stages in itertools.product(makers, (None, 1, 2, 9)):
             view = View(mask, maker(n, world), (rank,), (rank,))
             got = call(x, view, kernel, axis, stages=stages)
             for tensor, error in errors(got, part(want, view)).items():
@@ -157,13 +157,13 @@ def exact_bytes(rank: int, world: int, n: int) -> None:
     b, kv_heads, d = 2, 2, 16
     x = list(inputs(n, n, 4, kv_heads, d, torch.bfloat16, batch=b))
     row = b * kv_heads * (d + d)  # elements of a row of keys and values
-    for (name, mask), maker in itertools.product(
-        families(n).items(), (layouts.contiguous, layouts.zigzag, odd)
+    for (name, mask), maker, stages in itertools.product(
+        families(n).items(), (layouts.contiguous, layouts.zigzag, odd), (None, 2)
     ):
         view = View(mask, maker(n, world), (rank,), (rank,))
         counts = needed(view, world)
         gives, takes = int(counts[:, rank].sum()), int(counts[rank].sum())
-        forward, backward = sent(GroupCast(Local(kernels.get("naive"), True), axis), x, view)
+        forward, backward = sent(GroupCast(Local(kernels.get("naive"), True), axis, stages), x, view)
         assert forward.get("group_cast", 0) == gives * row * 2, (name, maker.__name__)
         assert backward.get("group_cast", 0) == gives * row * 2 + takes * row * 4, (name, maker.__name__)
         assert {*forward, *backward} <= {"group_cast"}
@@ -367,20 +367,24 @@ def counted(kernel, step, calls):
 def blocks(rank: int, world: int) -> None:
     """Kernel calls by mask: one where little arrives, more where it pays to hide transfers."""
     n, found, once = 256, {}, {"forward": 1, "backward": 1}
-    for name, mask, kv_heads in (
-        ("a window", masks.sliding_window_causal(n, 16), 2),
-        ("shared heads", masks.causal(n), 1),
-        ("all keys", masks.causal(n), 8),
+    for name, mask, kv_heads, few in (
+        ("a window", masks.sliding_window_causal(n, 16), 2, 0),
+        ("shared heads", masks.causal(n), 1, 0),
+        ("all keys", masks.causal(n), 8, 0),
+        ("all keys, 256 KiB", masks.causal(n), 8, 256 * 1024),
+        ("all keys, 1 too many", masks.causal(n), 8, 256 * 1024 - 1),
     ):
         cp = lcab.context_parallel("group_cast").with_layout("zigzag", mask=mask)
         q, k, v, dout = (cp.shard(x) for x in inputs(n, n, 8, kv_heads, 16, torch.float32))
         q, k, v = (x.requires_grad_() for x in (q, k, v))
         kernel, calls = type(kernels.get("sdpa_math")), Counter()
-        with mock.patch.multiple(kernel, **{step: counted(kernel, step, calls) for step in once}):
+        counting = mock.patch.multiple(kernel, **{step: counted(kernel, step, calls) for step in once})
+        with counting, mock.patch.object(group_cast, "FEW", few):
             lcab.attention(q, k, v, mask, kernel="sdpa_math", cp=cp).backward(dout)
         found[name] = dict(calls)
-    assert found["a window"] == found["shared heads"] == once
+    assert found["a window"] == found["shared heads"] == found["all keys, 256 KiB"] == once
     assert min(found["all keys"].values()) > 1
+    assert found["all keys, 1 too many"] == found["all keys"]
 
 
 def test_one_block_where_little_arrives():

@@ -147,13 +147,13 @@ def test_bf16_with_activation_checkpointing(tmp_path: Path) -> None:
         "--dtype",
         "bf16",
         "--steps",
-        8,
+        16,
         "--lr",
         3e-3,
         "--activation-checkpointing",
     )
     assert records[0]["dtype"] == "bf16"
-    assert curve(records)[-1] < curve(records)[0] - 0.5
+    assert curve(records)[-1] < curve(records)[0] - 1
 
 
 def test_keeping_attention_changes_nothing_but_the_work(tmp_path: Path) -> None:
