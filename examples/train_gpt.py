@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import safe_get_full_grad
+from deepspeed.utils import safe_get_full_grad, set_z3_leaf_modules
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
@@ -245,6 +245,7 @@ def prepare(args: argparse.Namespace) -> tuple[Trainer, loop.Job]:
     text = texts[0]
     config = arguments.model_config(args, text.corpus.vocab)
     model = GPT(config, args.seed, args.activation_checkpointing, args.keep_attention)
+    set_z3_leaf_modules(model, [Block])  # ZeRO 3 gathers each whole, with a tenth of the hooks
     attention = lcab.AttentionConfig.from_dict(settings.config["lcab"])
     workload = loop.workload(text, config, attention.mask, settings.dtype) if attention.undecided else None
     engine, _, _, _ = lcab_deepspeed.initialize(
