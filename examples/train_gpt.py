@@ -245,7 +245,7 @@ def prepare(args: argparse.Namespace) -> tuple[Trainer, loop.Job]:
     text = texts[0]
     config = arguments.model_config(args, text.corpus.vocab)
     model = GPT(config, args.seed, args.activation_checkpointing, args.keep_attention)
-    set_z3_leaf_modules(model, [Block])  # ZeRO 3 gathers each whole, with a tenth of the hooks
+    set_z3_leaf_modules(model, [Block])  # ZeRO 3 gathers each whole, with one hook for thirteen
     attention = lcab.AttentionConfig.from_dict(settings.config["lcab"])
     workload = loop.workload(text, config, attention.mask, settings.dtype) if attention.undecided else None
     engine, _, _, _ = lcab_deepspeed.initialize(

@@ -93,7 +93,7 @@ def summary(source: Source) -> Record | None:
         "file": source.name,
         "label": " ".join([*(p for p in parts if p), *shares, framework, run["dtype"]]),
         "mask": attention["mask"],
-        "baseline": (attention["kernel"], attention["strategy"]) == ("naive", "none"),
+        "attention": (attention["kernel"], attention["strategy"]),
         "framework": framework,
         "dtype": run["dtype"],
         "world": run["world"],
@@ -156,7 +156,7 @@ def _table(rows: Sequence[Record]) -> Table:
 def _add_losses(made: Section, number: int, rows: Sequence[Record], style: dict[str, int]) -> None:
     """The runs of one model on one text: their losses, and their deviations from the baseline."""
     first = rows[0]
-    baseline = next((r for r in rows if r["baseline"]), first)
+    baseline = _baseline(rows)
     made.blocks.append(
         Heading(
             f"{', '.join(filter(None, (first['mask'], first['model_words'])))}, {first['seqlen']} tokens: "
@@ -185,6 +185,18 @@ def _add_losses(made: Section, number: int, rows: Sequence[Record], style: dict[
     made.figure(f'{shown}<div class="panels">{panels}</div>', f"{words}.")
     if others:
         made.blocks.append(_deviations(f"training-deviations-{number}", baseline, others))
+
+
+def _baseline(rows: Sequence[Record]) -> Record:
+    """What the others are held against: a run without context parallelism, in the precision of most, with the
+    simplest kernel, ``naive`` before PyTorch's own before any other."""
+    ((usual, _),) = Counter(row["dtype"] for row in rows).most_common(1)
+
+    def rank(row: Record) -> tuple[bool, ...]:
+        kernel, strategy = row["attention"]
+        return strategy != "none", kernel != "naive", row["dtype"] != usual, not kernel.startswith("sdpa")
+
+    return min(rows, key=rank)
 
 
 def _add_accuracy(made: Section, rows: Sequence[Record]) -> None:

@@ -165,6 +165,20 @@ def test_losses_deviate_from_the_naive_run_on_the_same_tokens(folder):
     assert "median of the deviations, their band</li>" in page  # what is drawn is in the legend
 
 
+def test_without_naive_the_baseline_is_pytorch_s_own_kernel_in_the_precision_of_most(tmp_path):
+    def run(kernel, dtype, strategy="none"):
+        lines = training_run(kernel, [5.0, 4.0], dtype=dtype, name=f"{kernel} {dtype} {strategy}")
+        lines[0]["attention"]["strategy"] = strategy
+        write(tmp_path / f"{kernel}-{dtype}-{strategy}" / "metrics.jsonl", lines)
+
+    run("cudnn", "bf16")
+    run("sdpa_efficient", "fp32")
+    run("sdpa_flash", "bf16", "ring_p2p")
+    run("sdpa_flash", "bf16")
+    page, _, _ = made(tmp_path)
+    assert "Relative deviations from sdpa_flash bf16 none" in page
+
+
 def test_runs_on_other_tokens_are_not_compared_number_by_number(folder):
     lines = training_run("flex", [5.0, 9.0, 3.0])
     lines[2]["batch_digest"] = "other"
