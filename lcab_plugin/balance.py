@@ -16,6 +16,7 @@ LEAST, HALVINGS, EVEN = 16, 2, 1.03
 # Neighbouring chunks stay together where that saves keys, and exchanging few of them between ranks brings the
 # imbalance down to NEARLY: at most one in SWAPPED of all, and so many per rank and besides.
 NEARLY, SWAPPED, SWAPS_PER_RANK, SWAPS = 1.04, 4, 4, 32
+LITTLE = 0.005  # imbalance that a run or two on every rank may have more than chunks dealt one by one
 ASKED = 64  # ranks at most whose needed keys are looked at
 
 Held = list[list[int]]  # of every rank, the numbers of its chunks
@@ -31,7 +32,9 @@ def deal(mask: AttentionMask, ranks: int, cuts: Sequence[list[int]]) -> tuple[li
 
     Where exchanging a few chunks between ranks that hold consecutive ones brings the imbalance down to
     NEARLY, documents stay together, and ``group_cast`` sends little. Where it does not, or saves nothing,
-    chunks are dealt one by one, largest first, to the least loaded rank that still takes one.
+    chunks are dealt one by one, largest first, to the least loaded rank that still takes one; but where that
+    is no more even than the parts of ``contiguous`` or ``zigzag``, it is those: a kernel's mask and what is
+    sent have fewer pieces then.
     """
     work = [mask.area_by_chunk(edges) for edges in cuts]
     tried = []
@@ -40,13 +43,18 @@ def deal(mask: AttentionMask, ranks: int, cuts: Sequence[list[int]]) -> tuple[li
         tried.append((_imbalance(work[i], held), i, held))
         if tried[-1][0] <= EVEN:
             break
-    _, best, dealt = min(tried)
+    imbalance, best, dealt = min(tried)
+    even = cuts[best], dealt
+    if mask.q_len >= 2 * ranks:
+        halves, runs = _in_runs(mask.q_len, ranks)
+        area = mask.area_by_chunk(halves)
+        even = next(((halves, r) for r in runs if _imbalance(area, r) <= imbalance + LITTLE), even)
     for edges, area in zip(cuts, work, strict=True):
         exchanged = _exchanged(area, ranks, _is_short(edges))
         if exchanged is not None:
-            nearer = _most_needed(mask, edges, exchanged) <= 0.9 * _most_needed(mask, cuts[best], dealt)
-            return (edges, exchanged) if nearer else (cuts[best], dealt)
-    return cuts[best], dealt
+            nearer = _most_needed(mask, edges, exchanged) <= 0.9 * _most_needed(mask, *even)
+            return (edges, exchanged) if nearer else even
+    return even
 
 
 def _is_short(edges: list[int]) -> bool:
@@ -65,6 +73,13 @@ def _most_needed(mask: AttentionMask, edges: list[int], held: Held) -> int:
     asked = held[:: -(-len(held) // ASKED)]
     rows = ([range(edges[c], edges[c + 1]) for c in sorted(chunks)] for chunks in asked)
     return max(sum(map(len, mask.needed_keys(ranges))) for ranges in rows)
+
+
+def _in_runs(tokens: int, ranks: int) -> tuple[list[int], list[Held]]:
+    """Where ``zigzag`` cuts, and which parts each rank has in ``contiguous`` (one run), and in it (two)."""
+    parts = range(2 * ranks)
+    edges = [tokens * i // len(parts) for i in range(len(parts) + 1)]
+    return edges, [[[2 * r, 2 * r + 1] for r in range(ranks)], [[r, parts[-1 - r]] for r in range(ranks)]]
 
 
 def _exchanged(area: Ints, ranks: int, short: bool) -> Held | None:

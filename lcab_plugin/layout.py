@@ -4,7 +4,7 @@ Positions travel with the tensors: RoPE, the loss and every local mask read them
 in global position; shards may differ in length, and a rank may hold no rows at all.
 
 ``contiguous`` and ``zigzag`` cut the sequence by the number of ranks. ``striped`` and ``balanced`` deal
-chunks of one length, ``balanced`` by the work of one mask.
+chunks of one length, ``balanced`` by the work of one mask, where the former two are not even.
 """
 
 from __future__ import annotations
@@ -143,7 +143,8 @@ def striped(seqlen: int, ranks: int, chunk: int | None = None) -> Layout:
 
 def balanced(mask: AttentionMask, ranks: int, chunk: int | None = None) -> Layout:
     """Chunks of queries dealt so that every rank has the same number of them and about the same visible pairs
-    of ``mask``, most documents on one rank where that is possible (`balance.deal`).
+    of ``mask``, most documents on one rank where that is possible; or the parts of ``contiguous`` or
+    ``zigzag``, where those are as even (`balance.deal`).
 
     Counts differ by at most one chunk of tokens. Equal masks give equal layouts, on every rank.
     """

@@ -164,6 +164,17 @@ def test_one_long_document_is_even():
         assert layouts.imbalance(layouts.make("balanced", ranks, 1 << 16, mask), mask) < 1.002
 
 
+@pytest.mark.parametrize(("family", "pieces"), [(masks.full, 1), (masks.causal, 2)])
+@pytest.mark.parametrize("tokens", [1 << 16, (1 << 16) - 99])
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_what_a_run_or_two_share_evenly_is_in_no_more_pieces(family, pieces, tokens, ranks):
+    mask = family(tokens)
+    layout = layouts.make("balanced", ranks, tokens, mask)
+    assert max(map(len, layout.ranges)) <= pieces
+    assert layouts.imbalance(layout, mask) < 1.005
+    assert max(layout.lengths) - min(layout.lengths) <= 2
+
+
 @given(RANKS, DOCUMENTS, CHUNKS)
 def test_equal_masks_have_equal_layouts(ranks, lengths, chunk):
     first, second = (
