@@ -146,7 +146,8 @@ def balanced(mask: AttentionMask, ranks: int, chunk: int | None = None) -> Layou
     of ``mask``, most documents on one rank where that is possible; or the parts of ``contiguous`` or
     ``zigzag``, where those are as even (`balance.deal`).
 
-    Counts differ by at most one chunk of tokens. Equal masks give equal layouts, on every rank.
+    Counts differ by at most one chunk of tokens, or two tokens. Equal masks give equal layouts, on every
+    rank.
     """
     lengths = balance.halved(_default_chunk(mask.q_len, ranks)) if chunk is None else [chunk]
     edges, held = balance.deal(mask, ranks, [_edges(mask.q_len, ranks, length) for length in lengths])
@@ -178,11 +179,11 @@ def make(
 
     Args:
         mask: what ``balanced`` evens out; the other layouts are the same for every mask.
-        chunk: tokens per chunk of ``striped`` and ``balanced`` (the others have none). Left out: 512, or less
-            where a rank would get fewer than 32 chunks, down to 16 tokens; ``balanced`` takes half or a
-            quarter of that where it needs to for an imbalance of at most 1.03. A sequence shorter than
-            ``ranks * chunk`` has chunks of ``seqlen // ranks`` tokens, so that no rank is left empty
-            needlessly. The last chunk may be short.
+        chunk: tokens per chunk that ``striped`` and ``balanced`` deal (the others have none). Left out:
+            512, or less where a rank would get fewer than 32 chunks, down to 16 tokens; ``balanced``
+            takes half or a quarter of that where it needs to for an imbalance of at most 1.03. A sequence
+            shorter than ``ranks * chunk`` has chunks of ``seqlen // ranks`` tokens, so that no rank is
+            left empty needlessly. The last chunk may be short.
 
     Raises:
         LcabError: no layout has that name, the sequence is empty, ``chunk`` is not positive, or ``balanced``

@@ -34,7 +34,7 @@ SHARDS = 4  # rows of one stage, in whole shards: what bounds the memory where a
 # Bytes that arrive at a rank over those of its queries, at most, for which waiting is less than merging: an
 # H100 merges a query's row in about the time in which NVLink brings a third as many bytes.
 AT_ONCE = 0.25
-# And bytes that NVLink brings in 40 us, less than any host takes to launch a block more.
+# And bytes that NVLink brings in 40 us: a block more, its kernel aside, takes the host 100 us and more.
 FEW = 8 * 2**20
 
 
@@ -117,7 +117,7 @@ class GroupCast:
 
 
 def at_once(arriving: float, queries: float) -> bool:
-    """Whether one block is computed, all being here: of bytes that arrive and bytes of queries."""
+    """Whether to await all keys and compute one block, by the bytes that arrive and those of the queries."""
     return arriving <= max(FEW, AT_ONCE * queries)
 
 
