@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ class Allocator:
 
     def __init__(self) -> None:
         self.held = self.highest = self.reserved = 0.0
+        self.asked = 0  # how often a counter was read or reset
 
     def take(self, gib: float) -> None:
         self.held += gib
@@ -32,4 +34,11 @@ class Allocator:
             "reset_peak_memory_stats": self.forget,
         }
         for name, counter in counters.items():
-            monkeypatch.setattr(torch.cuda, name, counter)
+            monkeypatch.setattr(torch.cuda, name, self._counted(counter))
+
+    def _counted(self, counter: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def ask(device: Any) -> Any:
+            self.asked += 1
+            return counter(device)
+
+        return ask

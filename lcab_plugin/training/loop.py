@@ -176,10 +176,11 @@ def _train(trainer: Trainer, job: Job, log: RunLog, progress: Progress) -> dict[
     timer = StepTimer(trainer.device, ("data", "step", *trainer.parts), meter.ended)
     times: dict[str, list[float]] = {}
     validation_loss = None
+    untimed = min(WARM_UP, args.steps - job.first_step - 1)
     for step in range(job.first_step, args.steps):
         with timer("data"):
             window = trainer.read(step, job.texts[0])
-        meter.begin()
+        meter.begin(timed=step - job.first_step >= max(1, untimed))
         with timer("step"):
             gradients = args.save_gradients if step == job.first_step else None
             done = trainer.step(window, step, timer, gradients)
@@ -197,14 +198,13 @@ def _train(trainer: Trainer, job: Job, log: RunLog, progress: Progress) -> dict[
             progress.message(f"step {step + 1}: validation loss {validation_loss:.4f}")
         if _due(step, args.save_every, args) and args.save:
             trainer.save(args.save, step + 1)
-    warm = min(WARM_UP, len(times["step"]) - 1)
     memories = collectives.all_gather_object(meter.record())
     return {
         "step": step,
         "loss": done.loss,
         "validation_loss": validation_loss,
-        "times": {part: summary(taken[warm:]).record() for part, taken in times.items()},
-        "warm_up_steps": warm,
+        "times": {part: summary(taken[untimed:]).record() for part, taken in times.items()},
+        "warm_up_steps": untimed,
         "memory": {key: [memory[key] for memory in memories] for key in memories[0]},
     }
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.hooks import RemovableHandle
 
 GIB = 2**30
 
@@ -74,6 +75,9 @@ class Meter:
       context parallelism the buffers of its transfers are among them, so that
       ``communication_buffers_gib`` is None there (`lcab bench cp` tells them apart), and 0 without.
 
+    The last two are looked at in the steps whose time does not count: to ask the allocator takes the host
+    longer than to launch a kernel.
+
     On a CPU torch counts no allocations. ``model_states_gib`` is computed there: the sizes of all tensors
     that are alive after the last step, its batch among them. ``peak_rss_gib`` is the process's; the others
     are None.
@@ -82,23 +86,26 @@ class Meter:
     def __init__(self, device: torch.device | str, attentions: Iterable[nn.Module], cp: int) -> None:
         self._device, self._cp = torch.device(device), cp
         self._cuda = self._device.type == "cuda"
-        self._no_gradients = True
+        self._inside = self._cuda  # whether parts of a step are looked at, before gradients have come
         self._peak = self._cached = self._states = self._activations = self._buffers = 0
+        self._hooks: list[RemovableHandle] = []
         if self._cuda:
             for module in attentions:
-                module.register_forward_pre_hook(self._enter_attention)
-                module.register_forward_hook(self._leave_attention)
+                self._hooks.append(module.register_forward_pre_hook(self._enter_attention))
+                self._hooks.append(module.register_forward_hook(self._leave_attention))
 
-    def begin(self) -> None:
-        """A step begins."""
-        self._no_gradients = True
+    def begin(self, timed: bool = False) -> None:
+        """A step begins. ``timed``: its time counts, and that of those to come."""
+        self._inside = self._cuda and not timed
+        while timed and self._hooks:
+            self._hooks.pop().remove()
         if self._cuda:
             self._states = torch.cuda.memory_allocated(self._device)
 
     def ended(self, part: str) -> None:
         """A part of the step has ended, as `StepTimer` tells."""
-        self._no_gradients &= part != "backward"
-        if self._cuda and part == "forward" and self._no_gradients:
+        self._inside &= part != "backward"
+        if self._inside and part == "forward":
             grown = torch.cuda.memory_allocated(self._device) - self._states
             self._activations = max(self._activations, grown)
 

@@ -57,7 +57,10 @@ class Settings:
                 self._put(self._section(key), "enabled", dtype == key, f"{key}.enabled")
         self._optimizer(flags)
         self._put(self.config, "gradient_clipping", flags.get("clip"))
-        self.config.setdefault("steps_per_print", sys.maxsize)
+        if "steps_per_print" not in self.config:  # a run shows its own speed
+            self.config["steps_per_print"] = sys.maxsize
+            # to measure DeepSpeed's, the host would wait for the GPU twice a micro-batch
+            self.config.setdefault("timers", {"throughput": {"enabled": False}})
 
     def resolved(self, engine: Any) -> dict[str, Any]:
         """For the first record of a run: what the engine that ``adapters.deepspeed.initialize`` made runs."""

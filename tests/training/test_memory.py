@@ -87,10 +87,11 @@ def test_on_a_gpu_the_parts_are_told_apart(monkeypatch: pytest.MonkeyPatch, cp: 
 
     class Attention(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            gpu.take(3.0)  # a workspace
-            gpu.take(-3.0 + 0.5)  # of which the output stays
+            gpu.take(workspace)
+            gpu.take(-workspace + 0.5)  # of which the output stays
             return x + 1
 
+    workspace = 3.0
     attention = Attention()
     meter = Meter("cuda", [attention], cp)
     gpu.take(8.0)  # parameters and optimizer
@@ -105,6 +106,12 @@ def test_on_a_gpu_the_parts_are_told_apart(monkeypatch: pytest.MonkeyPatch, cp: 
         meter.ended("forward")  # of another micro-batch
         gpu.take(-6.5)
     assert meter.peak_gib() == 14.5
+    meter.begin(timed=True)
+    workspace, asked = 6.0, gpu.asked
+    attention(torch.zeros(1))
+    meter.ended("forward")
+    assert gpu.asked == asked  # nothing that would take time of the step
+    assert meter.peak_gib() == 14.5  # 14.0 in this step
     found = meter.record()
     assert found["peak_allocated_gib"] == 14.5
     assert found["peak_reserved_gib"] == 15.5
