@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import numpy as np
@@ -36,11 +37,12 @@ class Plan:
         padding = [(0, intervals - len(starts)), (0, 0)]
         runs = np.pad(runs, [(0, spare * _bucket(len(runs)) - len(runs)), (0, 0)])
         parts = [lines, runs, np.pad(starts, padding), np.pad(stops, padding)]
-        flat = np.concatenate([part.ravel() for part in parts]).astype(np.int32)
+        # Each begins at a multiple of 16 bytes: a kernel is compiled once more for pointers that do not.
+        flat = [np.pad(part.ravel(), (0, -part.size % 4)) for part in parts]
         self.shape = tuple(part.shape for part in parts)
-        self.buffer = torch.from_numpy(flat).to(device)
-        sizes = [part.size for part in parts]
-        self.tensors = tuple(x.view(s) for x, s in zip(self.buffer.split(sizes), self.shape, strict=True))
+        self.buffer = torch.from_numpy(np.concatenate(flat).astype(np.int32)).to(device)
+        places = zip(self.buffer.split([x.size for x in flat]), self.shape, strict=True)
+        self.tensors = tuple(place[: math.prod(shape)].view(shape) for place, shape in places)
         self.lines = self.tensors[0]
         self.blocks = lines[:, 0].astype(np.int64)
         self.size = rows, mask.q_len  # of a line, of all of them
