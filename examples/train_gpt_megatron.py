@@ -288,10 +288,11 @@ class Trainer:
                     gathered = collectives.all_gather(own[collectives.rank(self.replicas)], self.replicas)
                     bucket.grad_data.copy_(gathered.flatten())
         held = {name: parameter.main_grad.cpu() for name, parameter in named_parameters(self.part)}
-        alone = collectives.rank(self.replicas) == 0
-        tp_rank = parallel_state.get_tensor_model_parallel_rank()
-        parts = [part for part in collectives.all_gather_object((tp_rank, held) if alone else None) if part]
-        loop.save_whole(gpt_in_megatron.merge(parts, self.model), path)
+        own, first = (parallel_state.get_tensor_model_parallel_rank(), held), collectives.rank() == 0
+        sent = own if collectives.rank(self.replicas) == 0 and not first else None  # gigabytes
+        others = [part for part in collectives.all_gather_object(sent) if part]
+        if first:
+            loop.save_whole(gpt_in_megatron.merge([own, *others], self.model), path)
 
     def files(self, directory: str, done: int) -> tuple[Path, Path]:
         """This rank's part of the model, the same for all its replicas, and its part of the optimizer."""

@@ -30,9 +30,9 @@ from lcab_plugin.bench.launch import Outcome, launch
 
 RANKS = Path(__file__).with_name("training_ranks.py")
 STARTING = 30.0  # seconds that the first run after a start may take longer
-# GiB that runs may leave behind for the next one in their process, mostly buffers of NCCL: more
-# where the next one does not need a whole GPU.
-LEFT_BEHIND, LEFT_BEHIND_LONGEST = 20, 4
+# Of a GPU, what runs may leave behind for the next one in their process, mostly buffers of NCCL (Megatron's
+# groups: 3 GiB a run over two GPUs): more where the next one does not need a whole GPU.
+LEFT_BEHIND, LEFT_BEHIND_LONGEST = 0.4, 0.03
 
 
 class TooLong(Exception):

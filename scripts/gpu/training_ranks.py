@@ -1,11 +1,11 @@
 """One rank that does training runs one after the other, each exactly as its own command line would.
 
-    python scripts/gpu/training_ranks.py RUNS.json DEVICES GIB      # with torchrun's variables, as a rank
+    python scripts/gpu/training_ranks.py RUNS.json DEVICES SHARE    # with torchrun's variables, as a rank
 
 Starting Python, a framework and NCCL takes longer than many of the runs. The runs in the file are of one
 framework: [{"name": ..., "script": ..., "arguments": [...]}, ...]. DEVICES are the GPUs that the ranks share,
 "0,1"; on a CPU they mean nothing. A rank ends at the first failure, with its traceback last, and between two
-runs when more than GIB of a GPU are still held, or tensors that would count in the peak memory of the next
+runs when more than SHARE of a GPU is still held, or tensors that would count in the peak memory of the next
 run: `training_cells.py` then starts anew with the rest.
 """
 
@@ -31,7 +31,7 @@ LEFT = 1.0  # GiB of tensors: they would count in the next run's peak memory
 
 def main() -> None:
     """All runs of the file."""
-    runs, devices, most = json.loads(Path(sys.argv[1]).read_text()), sys.argv[2], float(sys.argv[3])
+    runs, devices, share = json.loads(Path(sys.argv[1]).read_text()), sys.argv[2], float(sys.argv[3])
     if os.environ.get("CUDA_VISIBLE_DEVICES") != "":  # empty: the GPUs are hidden from a rehearsal
         os.environ["CUDA_VISIBLE_DEVICES"] = devices
     module = load(Path(runs[0]["script"]))
@@ -44,7 +44,7 @@ def main() -> None:
         module.loop.run(trainer, job)
         leave(module, trainer)
         del trainer, job
-        if crowded(most):
+        if crowded(share):
             break
     module.collectives.leave()
 
@@ -120,8 +120,8 @@ def forget_zero3() -> None:
         inspect.getclosurevars(method).nonlocals["func"].cache_clear()
 
 
-def crowded(most: float) -> bool:
-    """Whether the runs so far occupy more than ``most`` GiB of the fullest rank's GPU, or have left more than
+def crowded(share: float) -> bool:
+    """Whether the runs so far occupy more than ``share`` of the fullest rank's GPU, or have left more than
     ``LEFT`` GiB of tensors."""
     import torch
 
@@ -135,7 +135,7 @@ def crowded(most: float) -> bool:
     ranks = collectives.all_gather_object((total - free, torch.cuda.memory_allocated()))
     occupied, left = (max(of) / 2**30 for of in zip(*ranks, strict=True))
     print(f"{occupied:.1f} GiB held between two runs, {left:.1f} of them tensors", flush=True)
-    return occupied > most or left > LEFT
+    return occupied > share * total / 2**30 or left > LEFT
 
 
 if __name__ == "__main__":

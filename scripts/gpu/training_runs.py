@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 import torch
@@ -26,6 +26,9 @@ RECOMPUTE = {"deepspeed": ("--activation-checkpointing",), "megatron": ("--recom
 DOCUMENTS = "causal_document"
 MASKS = (DOCUMENTS, "causal")
 STRATEGIES = ("ulysses", "ring_p2p", "group_cast", "ring_all_gather")
+DEGREES = {"usp": {"ulysses": 2}, "loongtrain": {"ulysses": 2, "inner_ring": 2}}  # of more than two GPUs
+PRESETS = ("1b", "125m")
+LENGTHS = (8192, 32768, 131072)
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ def training(
         given |= {"preset": "tiny", "seqlen": given["seqlen"] // SHORTER, "dtype": "fp32"}
         given["steps"] = min(given["steps"], 3)
     strategy, last = given["strategy"], [*(RECOMPUTE[framework] if recompute else ()), *more]
+    given |= DEGREES.get(strategy, {})
     if framework == "deepspeed":
         last += ["--deepspeed_config", f"examples/configs/zero{zero}.json"]
         if strategy != "none":
@@ -119,11 +123,10 @@ def parity_of(preset: str, world: int, kernels: Sequence[str]) -> Iterator[Run]:
         cells += [("deepspeed", ours, strategy, 1) for strategy in STRATEGIES]
         cells += [("deepspeed", ours, "ring_p2p", 3)]
         cells += [("deepspeed", BASELINE, s, 1) for s in ("ulysses", "ring_p2p") if ours != BASELINE]
-        cells += [("deepspeed", ours, s, 1) for s in ("usp", "loongtrain") if world > 2]
+        cells += [("deepspeed", ours, s, 1) for s in DEGREES if world > 2]
     for framework, kernel, strategy, zero in cells:
-        degrees = {"usp": {"ulysses": 2}, "loongtrain": {"ulysses": 2, "inner_ring": 2}}.get(strategy, {})
         name = f"parity-{preset}-{framework}-{kernel}-{strategy}-zero{zero}"
-        flags = {**shape, **degrees, "kernel": kernel, "strategy": strategy}
+        flags = {**shape, "kernel": kernel, "strategy": strategy}
         yield training(name, range(world), framework, zero=zero, **flags)
 
 
@@ -134,18 +137,19 @@ def step_times(
     cells: Sequence[tuple[str, str]],
     framework: str = "deepspeed",
     *,
+    preset: str = "1b",
     zero: int = 1,
     more: Sequence[str] = (),
 ) -> Iterator[Run]:
-    """One sequence a step of preset 1b, for fewer steps the longer they are; ``cells``: kernel and strategy.
-    Activations of 128K tokens fit only if they are recomputed."""
-    recompute = seqlen > 32768
+    """One sequence a step, for fewer steps the longer they are; ``cells``: kernel and strategy. The
+    activations that 1b has of 128K tokens fit only if they are recomputed."""
+    recompute = preset == "1b" and seqlen > 32768
     for mask, (kernel, strategy) in product(masks, cells):
         if mask not in masks_of(kernel):
             continue
-        parts = [framework, "1b", seqlen, mask, kernel, strategy, *(["recompute"] if recompute else ())]
+        parts = [framework, preset, seqlen, mask, kernel, strategy, *(["recompute"] if recompute else ())]
         parts += [*([f"zero{zero}"] if zero != 1 else ()), *(flag.strip("-") for flag in more)]
-        shape: dict[str, Any] = {"preset": "1b", "seqlen": seqlen, "kernel": kernel, "strategy": strategy}
+        shape: dict[str, Any] = {"preset": preset, "seqlen": seqlen, "kernel": kernel, "strategy": strategy}
         shape |= {"mask": mask, "doc_lengths": "pile"}
         shape["steps"] = {8192: 8, 32768: 6}.get(seqlen, 4 if mask == DOCUMENTS else 3)
         same: dict[str, Any] = {"zero": zero, "recompute": recompute, "more": more}
@@ -153,11 +157,27 @@ def step_times(
 
 
 def speed(world: int, kernels: Sequence[str]) -> Iterator[Run]:
-    """Step times by length, mask, kernel and strategy, beside one GPU alone: first what is sure to run, then
-    the kernels that may fail or compile for long, then Megatron."""
-    if world == 1:
-        yield from speed_alone(kernels)
-        return
+    """Step times by length, mask, kernel and strategy: first those that tell most, of preset 1b, then all."""
+    told = speed_alone(kernels) if world == 1 else speed_together(world, kernels)
+    yield from {run.name: run for run in chain(told, every_speed(world, kernels))}.values()
+
+
+def every_speed(world: int, kernels: Sequence[str]) -> Iterator[Run]:
+    """Packed documents, of every length and preset, with every kernel under every strategy through both
+    frameworks, then ZeRO 3 under every strategy."""
+    strategies = ("none",) if world == 1 else (*STRATEGIES, *(DEGREES if world > 2 else ()))
+    shapes = [*product(PRESETS, LENGTHS)]
+    documents = partial(step_times, range(world), masks=MASKS[:1])
+    for framework, (preset, seqlen) in product(SCRIPTS, shapes):
+        cells = [*product(kernels, strategies)]
+        yield from documents(seqlen, cells=cells, framework=framework, preset=preset)
+    for preset, seqlen in shapes:
+        yield from documents(seqlen, cells=[(kernels[0], s) for s in strategies], preset=preset, zero=3)
+
+
+def speed_together(world: int, kernels: Sequence[str]) -> Iterator[Run]:
+    """Beside one GPU alone: first what is sure to run, then the kernels that may fail or compile for long,
+    then Megatron."""
     ours, others, group = kernels[0], kernels[1:], range(world)
     every, both = [(ours, s) for s in STRATEGIES], [(ours, s) for s in STRATEGIES[:2]]
     ulysses = [(kernel, "ulysses") for kernel in others]

@@ -14,6 +14,7 @@ import json
 import statistics
 import sys
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ PARITY |= {"peak GiB": "peak_gib", "last loss": "last_loss", "loss, first 10 ste
 PARITY |= {"loss, later": "loss_later", "gradient norm": "norms", "step-0 gradients": "gradient"}
 PARITY |= {"verdict": "verdict"}
 TIMES = {"step ms": "step_ms", "tokens/s": "tokens_per_s", "MFU": "mfu", "peak GiB": "peak_gib"}
-SPEED = {"mask": "mask", **WHAT, "GPUs": "world", "ZeRO": "zero", "recomputed": "recomputed"}
-SPEED |= {"timed": "timed", **TIMES}
+SPEED = {"preset": "preset", "mask": "mask", **WHAT, "GPUs": "world", "ZeRO": "zero"}
+SPEED |= {"recomputed": "recomputed", "timed": "timed", **TIMES}
 LONGEST = {**WHAT, "GPUs": "world", "ZeRO": "zero", "recomputed": "recomputed", "longest": "seqlen"}
 LONGEST |= {"too long": "too_long", **TIMES}
 OF_SEVERAL = ("strategy", "layout", "world")
@@ -121,7 +122,9 @@ def row(out: Path, folder: Path, parities: dict[str, Parity]) -> dict[str, Any]:
     shares = [step["mfu"] for step in warm if step["mfu"] is not None]
     found |= {key: attention[key] for key in ("kernel", "strategy", "mask")}
     found |= {key: run.get(key) for key in ("framework", "world", "cp", "dtype", "seqlen", "steps", "device")}
+    flags = dict(pairwise(run["command"]))
     found |= {
+        "preset": flags.get("--preset"),
         "layout": attention["layout"] if run["cp"] > 1 else None,
         "zero": run.get("zero_stage"),
         "recomputed": recomputed(run),
@@ -136,7 +139,7 @@ def row(out: Path, folder: Path, parities: dict[str, Parity]) -> dict[str, Any]:
         preset = folder.name.split("-")[1]
         if (baseline := f"parity-{preset}-baseline-{attention['mask']}") not in parities:
             parities[baseline] = Parity(out, baseline)
-        found |= {"preset": preset, **parities[baseline].judge(folder, run["steps"])}
+        found |= parities[baseline].judge(folder, run["steps"])
         if "grad_norm" in found:
             found["norms"] = max(found["grad_norm"], found["grad_norm_later"])
     return found
@@ -184,7 +187,8 @@ def tables(rows: list[dict[str, Any]]) -> list[str]:
     }
     lines = table("Parity", PARITY, [found for found in of["parity"] if "step_ms" in found])
     timed = [found for found in of["speed"] if "step_ms" in found]
-    timed.sort(key=lambda r: (r["seqlen"], r["mask"], r["world"], r["framework"], r["kernel"] != "triton"))
+    kinds = ("seqlen", "preset", "mask", "world", "framework")
+    timed.sort(key=lambda r: (*(r[kind] for kind in kinds), r["kernel"] != "triton"))
     for seqlen in sorted({found["seqlen"] for found in timed}):
         lines += table(f"{seqlen:,} tokens", SPEED, [found for found in timed if found["seqlen"] == seqlen])
     lines += table("Longest sequence", LONGEST, longest(of["longest"]))

@@ -35,7 +35,7 @@ for name in ("first", "second"):
     module.loop.run(trainer, job)
     training_ranks.leave(module, trainer)
     del trainer, job
-    training_ranks.crowded(20)
+    training_ranks.crowded(0.2)
     print("models:", sum(isinstance(x, module.GPT) for x in gc.get_objects()), flush=True)
 os._exit(0)  # the process group is left as it is
 """
@@ -53,11 +53,11 @@ def test_what_makes_ranks_start_anew(monkeypatch, ranks, crowded):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     module = importlib.import_module("training_ranks")
     of_ranks = [(occupied * 2**30, left * 2**30) for occupied, left in ranks]
-    own = {"is_available": True, "empty_cache": None, "mem_get_info": (0, 0), "memory_allocated": 0}
+    own = {"is_available": True, "empty_cache": None, "mem_get_info": (0, 100 * 2**30), "memory_allocated": 0}
     for name, value in own.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     monkeypatch.setattr(collectives, "all_gather_object", lambda mine: of_ranks)
-    assert module.crowded(20.0) == crowded
+    assert module.crowded(0.2) == crowded
 
 
 @pytest.mark.parametrize("zero", [1, 3])
@@ -97,7 +97,7 @@ def test_a_second_run_in_the_same_process_is_the_same(monkeypatch, tmp_path, fra
     plan.write_text(json.dumps(runs))
     outcome = launch(
         SCRIPTS / "training_ranks.py",
-        [str(plan), "0,1", "20"],
+        [str(plan), "0,1", "0.2"],
         world=1 if same == "none" else 2,
         device="cpu",
         logs=tmp_path / "logs",

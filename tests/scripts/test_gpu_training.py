@@ -221,6 +221,27 @@ def test_every_run_names_flags_that_its_script_has(cells):
                 assert set(r.gpus) <= set(range(world))
 
 
+@pytest.mark.parametrize(
+    ("world", "strategies"),
+    [
+        (1, {"none"}),
+        (2, {"ulysses", "ring_p2p", "ring_all_gather", "group_cast"}),
+        (4, {"ulysses", "ring_p2p", "ring_all_gather", "group_cast", "usp", "loongtrain"}),
+    ],
+)
+def test_documents_of_every_length_go_through_every_kernel_strategy_and_framework(cells, world, strategies):
+    kernels = ["triton", "sdpa_flash", "cudnn"]
+    speed = {r.name for r in cells.STEPS["speed"](world, kernels) if len(r.gpus) == world}
+    for preset, tokens, strategy in product(("125m", "1b"), (8192, 32768, 131072), strategies):
+        recompute = "-recompute" if (preset, tokens) == ("1b", 131072) else ""
+        for framework, kernel in product(("deepspeed", "megatron"), kernels):
+            name = f"speed-{framework}-{preset}-{tokens}-causal_document-{kernel}-{strategy}{recompute}"
+            assert name in speed
+        assert (
+            f"speed-deepspeed-{preset}-{tokens}-causal_document-triton-{strategy}{recompute}-zero3" in speed
+        )
+
+
 def test_one_gpu_trains_every_kernel_at_every_length_in_both_frameworks(cells):
     kernels = ["triton", "sdpa_flash", "cudnn"]
     planned = {name: list(plan(1, kernels)) for name, plan in cells.STEPS.items()}
