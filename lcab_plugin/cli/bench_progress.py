@@ -44,18 +44,18 @@ def progress(
         f"{settings.shape.dtype}, at most {settings.cell_seconds:g} s each; records in {path}"
     )
     began, count = time.monotonic(), 0
-    with output.bar(console) as bar:
+    with output.bar(console, ticks=False) as bar:
         task = bar.add_task("", total=total)
 
         def watch(text: str) -> None:
-            bar.update(task, description=text)
+            bar.update(task, description=text, refresh=True)
             if not console.is_terminal:
                 console.print(text + left(count, total, time.monotonic() - began))
 
         def done() -> None:
             nonlocal count
             count += 1
-            bar.advance(task)
+            bar.update(task, advance=1, refresh=True)
 
         yield watch, done
 

@@ -45,10 +45,11 @@ def show(what: RenderableType) -> None:
     Console(width=None if console.is_terminal else 200, highlight=False).print(what)
 
 
-def bar(console: Console) -> Progress:
+def bar(console: Console, *, ticks: bool = True) -> Progress:
     """What is done of how many, the time so far and the time left; nothing where there is no terminal.
 
-    What a cell takes differs, some end at once: all of them tell the time left, not the latest.
+    What a cell takes differs, some end at once: all of them tell the time left, not the latest. ``ticks``:
+    a thread draws it, which takes time of what this process measures; without, an update with ``refresh``.
     """
     columns = [
         TextColumn("{task.description}"),
@@ -59,5 +60,9 @@ def bar(console: Console) -> Progress:
         TimeRemainingColumn(),
     ]
     return Progress(
-        *columns, console=console, speed_estimate_period=7 * 86400, disable=not console.is_terminal
+        *columns,
+        console=console,
+        auto_refresh=ticks,
+        speed_estimate_period=7 * 86400,
+        disable=not console.is_terminal,
     )

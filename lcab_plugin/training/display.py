@@ -20,7 +20,8 @@ class Progress:
         start: steps done before (a resumed run).
         enabled: False prints nothing (all ranks but one).
         stream: where to print; a bar appears if it is a terminal and ``rich`` is installed.
-        interval: seconds between plain lines; the first and the last step always print.
+        interval: seconds between plain lines; the first and the last step always print. A bar is drawn anew
+            ten times a second at most, and by no thread: that would take time of the steps.
     """
 
     def __init__(
@@ -57,13 +58,13 @@ class Progress:
         """One more step is done."""
         self._done += 1
         text = f"loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s  {step_ms:.0f} ms/step  {memory_gib:.2f} GiB"
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=self._done, text=text)
-            return
-        now = time.monotonic()
-        due = self._done in (self._first + 1, self._total) or now - self._printed >= self._interval
+        now, interval = time.monotonic(), self._interval if self._bar is None else 0.1
+        due = self._done in (self._first + 1, self._total) or now - self._printed >= interval
         if due:
             self._printed = now
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=self._done, text=text, refresh=due)
+        elif due:
             left = (now - self._began) / (self._done - self._first) * (self._total - self._done)
             self.message(f"step {self._done}/{self._total}  {text}  {clock(left)} left")
 
@@ -90,6 +91,7 @@ def _bar(stream: TextIO) -> Bar | None:
         TextColumn("{task.fields[text]}"),
         TimeRemainingColumn(),
         console=Console(file=stream),
+        auto_refresh=False,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 
 from lcab_plugin.bench.settings import Shape
@@ -52,3 +53,17 @@ def test_lines_tell_how_many_cells_there_are_and_the_time_left(tmp_path, capsys,
     assert first.endswith(f"records in {tmp_path / 'k.jsonl'}")
     assert lines[0] == "causal 64"
     assert lines[1].startswith("full 64  (4 of 10 cells, 0:01:")
+
+
+def test_a_bar_is_drawn_between_cells_alone(tmp_path, capsys, monkeypatch):
+    for name, value in {"FORCE_COLOR": "1", "NO_COLOR": "1", "TERM": "xterm", "COLUMNS": "120"}.items():
+        monkeypatch.setenv(name, value)
+    settings = SimpleNamespace(total=3, device="cpu", shape=Shape(), cell_seconds=0.5)
+    running = threading.active_count()
+    with progress(settings, tmp_path / "k.jsonl") as (watch, done):
+        assert threading.active_count() == running, "a thread would draw while a cell is timed"
+        watch("causal 64")
+        assert "causal 64" in (shown := capsys.readouterr().err)
+        assert "0/3" in shown
+        done()
+        assert "1/3" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import threading
 
 from lcab_plugin.training.display import Progress
 
@@ -41,6 +42,16 @@ def test_a_bar_in_a_terminal(monkeypatch) -> None:
     assert "3/3" in text
     assert "loss 4.0000" in text
     assert "12,346 tokens/s" in text
+
+
+def test_a_bar_is_drawn_between_steps_alone(monkeypatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    running, stream = threading.active_count(), Terminal()
+    with Progress(500, stream=stream) as progress:
+        assert threading.active_count() == running, "a thread would draw while a step is timed"
+        for _ in range(500):
+            progress.update(2.0, 1.0, 1.0, 1.0)
+    assert 2 <= stream.getvalue().count("500/500") + stream.getvalue().count("1/500") < 20
 
 
 def test_other_ranks_are_silent() -> None:
