@@ -279,8 +279,7 @@ class Trainer:
         return totals
 
     def save_gradients(self, path: Path) -> None:
-        """Write every parameter's gradient, averaged over all tokens, whole and not clipped, by the names of
-        train_gpt.py."""
+        """Write all gradients, averaged over all tokens, whole and not clipped, by train_gpt.py's names."""
         if self.args.distributed_optimizer:  # each replica has reduced a part of every bucket
             for buffer in self.ddp.buffers:
                 for bucket in buffer.buckets:
@@ -288,10 +287,10 @@ class Trainer:
                     gathered = collectives.all_gather(own[collectives.rank(self.replicas)], self.replicas)
                     bucket.grad_data.copy_(gathered.flatten())
         held = {name: parameter.main_grad.cpu() for name, parameter in named_parameters(self.part)}
-        own, first = (parallel_state.get_tensor_model_parallel_rank(), held), collectives.rank() == 0
-        sent = own if collectives.rank(self.replicas) == 0 and not first else None  # gigabytes
+        own = parallel_state.get_tensor_model_parallel_rank(), held
+        sent = own if collectives.rank(self.replicas) == 0 and collectives.rank() else None  # gigabytes
         others = [part for part in collectives.all_gather_object(sent) if part]
-        if first:
+        if collectives.rank() == 0:
             loop.save_whole(gpt_in_megatron.merge([own, *others], self.model), path)
 
     def files(self, directory: str, done: int) -> tuple[Path, Path]:
