@@ -288,7 +288,7 @@ class Trainer:
                     bucket.grad_data.copy_(gathered.flatten())
         held = {name: parameter.main_grad.cpu() for name, parameter in named_parameters(self.part)}
         own = parallel_state.get_tensor_model_parallel_rank(), held
-        sent = own if collectives.rank(self.replicas) == 0 and collectives.rank() else None  # gigabytes
+        sent = own if collectives.rank(self.replicas) == 0 and collectives.rank() else None  # GiB each
         others = [part for part in collectives.all_gather_object(sent) if part]
         if collectives.rank() == 0:
             loop.save_whole(gpt_in_megatron.merge([own, *others], self.model), path)

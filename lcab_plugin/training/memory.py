@@ -94,7 +94,7 @@ class Meter:
                 self._hooks.append(module.register_forward_pre_hook(self._enter_attention))
                 self._hooks.append(module.register_forward_hook(self._leave_attention))
 
-    def begin(self, timed: bool = False) -> None:
+    def begin(self, timed: bool) -> None:
         """A step begins. ``timed``: its time counts, and that of those to come."""
         self._inside = self._cuda and not timed
         while timed and self._hooks:

@@ -32,7 +32,7 @@ RANKS = Path(__file__).with_name("training_ranks.py")
 STARTING = 30.0  # seconds that the first run after a start may take longer
 # Of a GPU, what runs may leave behind for the next one in their process, mostly buffers of NCCL (Megatron's
 # groups: 3 GiB a run over two GPUs): more where the next one does not need a whole GPU.
-LEFT_BEHIND, LEFT_BEHIND_LONGEST = 0.4, 0.03
+LEFT_BEHIND, LEFT_BEHIND_LONGEST = 0.25, 0.03
 
 
 class TooLong(Exception):

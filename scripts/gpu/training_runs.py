@@ -94,7 +94,7 @@ def smoke(world: int, kernels: Sequence[str]) -> Iterator[Run]:
 
 def parity(world: int, kernels: Sequence[str]) -> Iterator[Run]:
     """Fifty steps over the same data, compared by `training_table.py`, of preset 125m, then of 1b."""
-    for preset in ("125m", "1b"):
+    for preset in reversed(PRESETS):
         yield from parity_of(preset, world, kernels)
 
 

@@ -51,7 +51,7 @@ def test_a_bar_is_drawn_between_steps_alone(monkeypatch) -> None:
         assert threading.active_count() == running, "a thread would draw while a step is timed"
         for _ in range(500):
             progress.update(2.0, 1.0, 1.0, 1.0)
-    assert 2 <= stream.getvalue().count("500/500") + stream.getvalue().count("1/500") < 20
+    assert 2 <= stream.getvalue().count("/500") < 50
 
 
 def test_other_ranks_are_silent() -> None:

@@ -33,6 +33,15 @@ def test_without_flags_the_file_stands(settings: Settings) -> None:
     assert (settings.overrides, settings.dtype) == ([], "fp32")
 
 
+def test_deepspeed_measures_no_speed_that_it_does_not_show(settings: Settings) -> None:
+    settings.apply({})
+    assert settings.config["timers"] == {"throughput": {"enabled": False}}
+    for shown in ({"steps_per_print": 5}, {"timers": {"throughput": {"synchronized": False}}}):
+        settings.config = {**FILE, **shown}
+        settings.apply({})
+        assert settings.config.get("timers") == shown.get("timers"), "the file's"
+
+
 def test_flags_replace_and_say_so(settings: Settings) -> None:
     settings.apply({"kernel": "naive", "global_batch": 16, "micro_batch": 2, "lr": 0.5, "clip": 1.0})
     config = settings.config

@@ -1,0 +1,49 @@
+"""What the loop does around the steps of a trainer."""
+
+from __future__ import annotations
+
+import argparse
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lcab_plugin.training import loop
+
+
+class Trainer:
+    """One that trains nothing."""
+
+    device, parts, cp = torch.device("cpu"), ("forward",), 1
+
+    def attentions(self) -> list[torch.nn.Module]:
+        return []
+
+    def read(self, step: int, text: Any) -> Any:
+        return SimpleNamespace(digests=["0"], area=1)
+
+    def step(self, *given: Any) -> loop.Step:
+        return loop.Step(loss=1.0, loss_tokens=1, grad_norm=1.0, lr=1.0)
+
+
+@pytest.mark.parametrize(("first", "steps", "untimed"), [(0, 6, 2), (3, 6, 2), (0, 2, 1), (0, 1, 0)], ids=str)
+def test_memory_is_looked_at_in_the_steps_whose_time_does_not_count(
+    monkeypatch: pytest.MonkeyPatch, first: int, steps: int, untimed: int
+) -> None:
+    told: list[bool] = []
+    monkeypatch.setattr(loop.Meter, "begin", lambda self, timed: told.append(timed))
+    monkeypatch.setattr(loop, "ByPosition", lambda text: None)
+    monkeypatch.setattr(loop, "batch_digest", lambda digests: "0")
+    given = {"steps": steps, "seqlen": 8, "eval_every": 0, "eval_batches": 0, "save_every": 0, "save": None}
+    job: Any = SimpleNamespace(
+        args=argparse.Namespace(**given, save_gradients=None), texts=(None, None), first_step=first
+    )
+    job.model, job.dtype = SimpleNamespace(flops=lambda tokens, area: 1.0), "fp32"
+    job.dp = job.global_batch = 1
+    silent: Any = SimpleNamespace(write=lambda *what, **facts: None, update=lambda *what: None)
+    end = loop._train(Trainer(), job, silent, silent)  # type: ignore[arg-type]
+    looked_at = max(1, untimed)  # a single step is both
+    assert told == [False] * looked_at + [True] * (steps - first - looked_at)
+    assert end["warm_up_steps"] == untimed
+    assert end["times"]["step"]["repeats"] == steps - first - untimed
