@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch.distributed import TCPStore
 
 from lcab_plugin.errors import LcabError
 
@@ -51,8 +52,9 @@ def launch(
     """Run ``script`` on ``world`` ranks of this machine and wait for them.
 
     The ranks get torchrun's variables, so what torchrun or deepspeed can start runs here; without an agent a
-    launch is two seconds shorter and every process is known. Their output goes to ``logs/rank<N>.log``.
-    ``device``: ``cpu`` hides the GPUs. ``watch`` is called about ten times a second.
+    launch is two seconds shorter and every process is known. They meet at a store that is served from here:
+    a free port that rank 0 were to open, once it has imported torch, may be taken by then. Their output goes
+    to ``logs/rank<N>.log``. ``device``: ``cpu`` hides the GPUs. ``watch`` is called about ten times a second.
 
     Never raises for what the script does; the ranks are killed after ``timeout`` seconds, when one of them
     has failed, and when this call is interrupted.
@@ -60,9 +62,10 @@ def launch(
     logs.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
     ranks: list[subprocess.Popen[bytes]] = []
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with ExitStack() as files:
         try:
-            for environment in _environments(world, device):
+            for environment in _environments(world, device, store.port):
                 log = files.enter_context((logs / f"rank{environment['RANK']}.log").open("wb"))
                 ranks.append(
                     subprocess.Popen(
@@ -86,16 +89,15 @@ def launch(
     return Outcome(*_failure(codes, logs), seconds)
 
 
-def _environments(world: int, device: str) -> list[dict[str, str]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def _environments(world: int, device: str, port: int) -> list[dict[str, str]]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     shared = {
         "WORLD_SIZE": str(world),
         "LOCAL_WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # torch: no rank opens the store
+        "TORCHELASTIC_RESTART_COUNT": "0",  # which older releases ask for then
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // world))),
         "PYTHONUNBUFFERED": "1",
     }

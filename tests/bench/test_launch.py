@@ -41,6 +41,28 @@ def test_every_rank_knows_its_place(tmp_path: Path) -> None:
         ]
 
 
+def test_the_port_is_open_before_a_rank_is(tmp_path: Path) -> None:
+    code = (
+        "import socket\n"
+        "with socket.socket() as early:\n"  # before rank 0 has imported torch
+        "    sys.exit(early.connect_ex(('127.0.0.1', int(os.environ['MASTER_PORT']))))"
+    )
+    assert run(tmp_path, code).status == "done"
+
+
+def test_ranks_meet(tmp_path: Path) -> None:
+    code = (
+        "import torch.distributed as dist\n"
+        "dist.init_process_group('gloo')\n"
+        "everyone = [None, None]\n"
+        "dist.all_gather_object(everyone, rank)\n"
+        "dist.destroy_process_group()\n"
+        "print(everyone)"
+    )
+    assert run(tmp_path, code).status == "done"
+    assert [log(tmp_path, rank).splitlines()[-1] for rank in (0, 1)] == ["[0, 1]"] * 2
+
+
 @pytest.mark.parametrize(
     "code",
     [
