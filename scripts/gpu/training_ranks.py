@@ -131,6 +131,7 @@ def crowded(share: float) -> bool:
     if not torch.cuda.is_available():
         return False
     torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()  # what the run held as it ended is none of the next one's peak
     free, total = torch.cuda.mem_get_info()
     ranks = collectives.all_gather_object((total - free, torch.cuda.memory_allocated()))
     occupied, left = (max(of) / 2**30 for of in zip(*ranks, strict=True))

@@ -56,8 +56,11 @@ def test_what_makes_ranks_start_anew(monkeypatch, ranks, crowded):
     own = {"is_available": True, "empty_cache": None, "mem_get_info": (0, 100 * 2**30), "memory_allocated": 0}
     for name, value in own.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    forgotten = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: forgotten.append("peak"))
     monkeypatch.setattr(collectives, "all_gather_object", lambda mine: of_ranks)
     assert module.crowded(0.2) == crowded
+    assert forgotten, "the next run's peak memory would be that of the end of this one"
 
 
 @pytest.mark.parametrize("zero", [1, 3])
