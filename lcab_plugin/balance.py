@@ -13,9 +13,10 @@ from lcab_plugin.masks.geometry import Ints
 # Chunks are halved up to HALVINGS times, to no less than LEAST tokens, to bring the imbalance down to EVEN:
 # whole chunks of a few long documents, all of the same work, do not always divide by the ranks.
 LEAST, HALVINGS, EVEN = 16, 2, 1.03
-# Neighbouring chunks stay together where that saves keys, and exchanging few of them between ranks brings the
-# imbalance down to NEARLY: at most one in SWAPPED of all, and so many per rank and besides.
+# Neighbouring chunks stay together where few exchanges between ranks bring the imbalance down to NEARLY: at
+# most one for SWAPPED chunks, and so many per rank and besides.
 NEARLY, SWAPPED, SWAPS_PER_RANK, SWAPS = 1.04, 4, 4, 32
+FEWER = 0.9  # of the keys that the parts of another layout need, what is worth more pieces than it has
 LITTLE = 0.005  # imbalance that a run or two on every rank may have more than chunks dealt one by one
 ASKED = 64  # ranks at most whose needed keys are looked at
 
@@ -30,11 +31,11 @@ def halved(longest: int) -> list[int]:
 def deal(mask: AttentionMask, ranks: int, cuts: Sequence[list[int]]) -> tuple[list[int], Held]:
     """One of ``cuts`` (where the chunks of a sequence begin, and its end), and the chunks of every rank.
 
-    Where exchanging a few chunks between ranks that hold consecutive ones brings the imbalance down to
-    NEARLY, documents stay together, and ``group_cast`` sends little. Where it does not, or saves nothing,
-    chunks are dealt one by one, largest first, to the least loaded rank that still takes one; but where that
-    is no more even than the parts of ``contiguous`` or ``zigzag``, it is those: a kernel's mask and what is
-    sent have fewer pieces then.
+    Where exchanging a few runs of chunks between ranks that hold consecutive ones brings the imbalance down
+    to NEARLY, documents stay together, and ``group_cast`` sends little. Where it does not, chunks are dealt
+    one by one, largest first, to the least loaded rank that still takes one. But where that is no more even
+    than the parts of ``contiguous`` or ``zigzag``, and exchanges do not save keys, it is those: a kernel's
+    mask and what is sent have fewer pieces then.
     """
     work = [mask.area_by_chunk(edges) for edges in cuts]
     tried = []
@@ -44,16 +45,17 @@ def deal(mask: AttentionMask, ranks: int, cuts: Sequence[list[int]]) -> tuple[li
         if tried[-1][0] <= EVEN:
             break
     imbalance, best, dealt = min(tried)
-    even = cuts[best], dealt
+    even, worth = (cuts[best], dealt), 1.0
     if mask.q_len >= 2 * ranks:
         halves, runs = _in_runs(mask.q_len, ranks)
         area = mask.area_by_chunk(halves)
-        even = next(((halves, r) for r in runs if _imbalance(area, r) <= imbalance + LITTLE), even)
+        if whole := next((r for r in runs if _imbalance(area, r) <= imbalance + LITTLE), None):
+            even, worth = (halves, whole), FEWER
     for edges, area in zip(cuts, work, strict=True):
         exchanged = _exchanged(area, ranks, _is_short(edges))
         if exchanged is not None:
-            nearer = _most_needed(mask, edges, exchanged) <= 0.9 * _most_needed(mask, *even)
-            return (edges, exchanged) if nearer else even
+            fewer = _most_needed(mask, edges, exchanged) <= worth * _most_needed(mask, *even)
+            return (edges, exchanged) if fewer else even
     return even
 
 
@@ -83,7 +85,7 @@ def _in_runs(tokens: int, ranks: int) -> tuple[list[int], list[Held]]:
 
 
 def _exchanged(area: Ints, ranks: int, short: bool) -> Held | None:
-    """Consecutive chunks on every rank, but for those that the heaviest and the lightest rank exchanged,
+    """Consecutive chunks on every rank, but for the runs that the heaviest and the lightest rank exchanged,
     again and again; None where that does not bring the imbalance down to NEARLY in few exchanges."""
     n = len(area)
     held = [np.arange(n * r // ranks, n * (r + 1) // ranks) for r in range(ranks)]
@@ -98,16 +100,35 @@ def _exchanged(area: Ints, ranks: int, short: bool) -> Held | None:
         if not len(mine) or not len(theirs):
             return None
         wanted = min(load[heavy] - mean, mean - load[light])  # settles one of the two
-        order = np.argsort(area[theirs], kind="stable")
-        near = np.searchsorted(area[theirs][order], area[mine] - wanted).clip(0, len(theirs) - 1)
-        gains = area[mine] - area[theirs[order[near]]]
-        give = int(np.abs(gains - wanted).argmin())
-        gain, take = int(gains[give]), int(order[near[give]])
+        gain, give, take = _run_to_exchange(area[mine], area[theirs], wanted, (NEARLY - 1) * mean)
         if not 0 < gain < load[heavy] - load[light]:
             return None
         load[heavy], load[light] = load[heavy] - gain, load[light] + gain
-        held[heavy][give], held[light][take] = theirs[take], mine[give]
+        held[heavy][give], held[light][take] = theirs[take].copy(), mine[give].copy()
     return None
+
+
+def _run_to_exchange(mine: Ints, theirs: Ints, wanted: float, slack: float) -> tuple[int, slice, slice]:
+    """By how much exchanging a run of chunks of these areas for as long a run of the other rank's relieves
+    the first, and the two runs: the shortest, of 1, 2, 4 ... chunks, that is within ``slack`` of ``wanted``,
+    else the nearest. One run leaves a rank in fewer pieces than single chunks, each of which is a border
+    inside a document: a mask with more slices, and for a library's kernel more calls.
+    """
+    up_to = [np.concatenate(([0], area.cumsum())) for area in (mine, theirs)]
+    best: tuple[float, int, slice, slice] | None = None
+    for length in (2**i for i in range(min(len(mine), len(theirs)).bit_length())):
+        here, there = (ends[length:] - ends[:-length] for ends in up_to)
+        order = np.argsort(there, kind="stable")
+        near = np.searchsorted(there[order], here - wanted).clip(0, len(there) - 1)
+        gains = here - there[order[near]]
+        give = int(np.abs(gains - wanted).argmin())
+        take, missed = int(order[near[give]]), float(abs(gains[give] - wanted))
+        if best is None or missed < best[0]:
+            best = missed, int(gains[give]), slice(give, give + length), slice(take, take + length)
+        if missed <= slack:
+            break
+    assert best is not None
+    return best[1:]
 
 
 def _dealt(area: Ints, ranks: int, short: bool) -> Held:

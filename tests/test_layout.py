@@ -18,6 +18,7 @@ import lcab_plugin as lcab
 from lcab_plugin import balance, masks
 from lcab_plugin import layout as layouts
 from lcab_plugin.errors import LcabError
+from lcab_plugin.kernels.lowering import varlen_calls
 from lcab_plugin.layout import View
 
 DOCUMENTS = st.lists(st.integers(1, 60), min_size=1, max_size=8)
@@ -145,8 +146,20 @@ def test_documents_stay_together_where_few_chunks_move(family, corpus, ranks, to
     held = balance._dealt(mask.area_by_chunk(edges), ranks, False)
     near, dealt = layouts.make("balanced", ranks, tokens, mask), layouts._of_chunks("dealt", edges, held)
     needed = [max(others_keys(layout, mask, r) for r in range(ranks)) for layout in (near, dealt)]
-    assert needed[0] <= needed[1] * (0.5 if corpus == "pile" else 1)
+    assert needed[0] <= needed[1] * (0.6 if corpus == "pile" else 1)
     assert layouts.imbalance(near, mask) <= balance.NEARLY
+
+
+@pytest.mark.parametrize(("ranks", "tokens", "most"), [(2, 1 << 15, 3), (2, 1 << 17, 3), (8, 1 << 17, 12)])
+def test_few_pieces_and_few_calls_of_a_library(ranks, tokens, most):
+    """A border inside a document is a slice more of the mask, and of a library's kernel often a call more."""
+    for seed in range(8):
+        mask = masks.causal_document(masks.sample_lengths(tokens, "pile", seed))
+        layout = layouts.make("balanced", ranks, tokens, mask)
+        assert layouts.imbalance(layout, mask) <= balance.NEARLY
+        assert max(map(len, layout.ranges)) <= most
+        for own in layout.ranges:
+            assert len(varlen_calls(mask.local(own, mask.needed_keys(own)))) <= 6
 
 
 @pytest.mark.parametrize("last", [10, 3])
