@@ -98,9 +98,15 @@ def parity(world: int, kernels: Sequence[str]) -> Iterator[Run]:
         yield from parity_of(preset, world, kernels)
 
 
+def strategies_over(world: int) -> Sequence[str]:
+    """Of several GPUs."""
+    return (*STRATEGIES, *(DEGREES if world > 2 else ()))
+
+
 def parity_of(preset: str, world: int, kernels: Sequence[str]) -> Iterator[Run]:
     """First on one GPU each, side by side, the baseline of every mask and its float32 twin on the first. One
-    GPU has time for both masks."""
+    GPU has time for both masks. Of several those that tell most come before the rest of every kernel under
+    every strategy."""
     shape: dict[str, Any] = {"preset": preset, "seqlen": 8192, "steps": 50, "strategy": "none"}
     shape |= {"mask": DOCUMENTS, "loss_mask": "uneven", "doc_lengths": "pile"}
     ours, second = kernels[0], min(1, world - 1)
@@ -113,8 +119,10 @@ def parity_of(preset: str, world: int, kernels: Sequence[str]) -> Iterator[Run]:
         for i, mask in enumerate(masks_of(kernel)[: 2 if world == 1 else 1]):
             name = f"parity-{preset}-deepspeed-{kernel}-none{f'-{mask}' if i else ''}"
             yield training(name, [second], **{**shape, "kernel": kernel, "mask": mask})
-    name = f"parity-{preset}-megatron-{ours}-none"
-    yield training(name, [second], "megatron", zero=0, **shape, kernel=ours)
+    trained = [kernel for kernel in kernels if kernel not in NO_DOCUMENTS]
+    for i, kernel in enumerate(trained[:1] if world == 1 else trained):
+        name, gpu = f"parity-{preset}-megatron-{kernel}-none", [(second + i) % world]
+        yield training(name, gpu, "megatron", zero=0, **{**shape, "kernel": kernel})
     if world == 1:
         cells = [("megatron", BASELINE, "none", 0)] if ours != BASELINE else []
         cells += [("deepspeed", ours, "none", 3)]
@@ -123,8 +131,10 @@ def parity_of(preset: str, world: int, kernels: Sequence[str]) -> Iterator[Run]:
         cells += [("deepspeed", ours, strategy, 1) for strategy in STRATEGIES]
         cells += [("deepspeed", ours, "ring_p2p", 3)]
         cells += [("deepspeed", BASELINE, s, 1) for s in ("ulysses", "ring_p2p") if ours != BASELINE]
-        cells += [("deepspeed", ours, s, 1) for s in DEGREES if world > 2]
-    for framework, kernel, strategy, zero in cells:
+        every = strategies_over(world)
+        cells += [(framework, kernel, s, 1) for framework, kernel, s in product(SCRIPTS, trained, every)]
+        cells += [("deepspeed", ours, s, 3) for s in every]
+    for framework, kernel, strategy, zero in dict.fromkeys(cells):
         name = f"parity-{preset}-{framework}-{kernel}-{strategy}-zero{zero}"
         flags = {**shape, "kernel": kernel, "strategy": strategy}
         yield training(name, range(world), framework, zero=zero, **flags)
@@ -163,16 +173,20 @@ def speed(world: int, kernels: Sequence[str]) -> Iterator[Run]:
 
 
 def every_speed(world: int, kernels: Sequence[str]) -> Iterator[Run]:
-    """Packed documents, of every length and preset, with every kernel under every strategy through both
-    frameworks, then ZeRO 3 under every strategy."""
-    strategies = ("none",) if world == 1 else (*STRATEGIES, *(DEGREES if world > 2 else ()))
+    """Packed documents, of every length and preset, with every kernel on one GPU and under every strategy
+    through both frameworks, then ZeRO 3 under every strategy."""
+    strategies = ("none",) if world == 1 else strategies_over(world)
     shapes = [*product(PRESETS, LENGTHS)]
-    documents = partial(step_times, range(world), masks=MASKS[:1])
+    documents = partial(step_times, masks=MASKS[:1])
     for framework, (preset, seqlen) in product(SCRIPTS, shapes):
-        cells = [*product(kernels, strategies)]
-        yield from documents(seqlen, cells=cells, framework=framework, preset=preset)
+        same: dict[str, Any] = {"seqlen": seqlen, "framework": framework, "preset": preset}
+        for i, kernel in enumerate(kernels):
+            yield from documents([i % world], cells=[(kernel, "none")], **same)
+        if world > 1:
+            yield from documents(range(world), cells=[*product(kernels, strategies)], **same)
     for preset, seqlen in shapes:
-        yield from documents(seqlen, cells=[(kernels[0], s) for s in strategies], preset=preset, zero=3)
+        cells = [(kernels[0], s) for s in strategies]
+        yield from documents(range(world), seqlen, cells=cells, preset=preset, zero=3)
 
 
 def speed_together(world: int, kernels: Sequence[str]) -> Iterator[Run]:

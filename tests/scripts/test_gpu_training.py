@@ -231,13 +231,23 @@ def test_every_run_names_flags_that_its_script_has(cells):
 )
 def test_documents_of_every_length_go_through_every_kernel_strategy_and_framework(cells, world, strategies):
     kernels = ["triton", "sdpa_flash", "cudnn"]
-    speed = {r.name for r in cells.STEPS["speed"](world, kernels) if len(r.gpus) == world}
-    for preset, tokens, strategy in product(("125m", "1b"), (8192, 32768, 131072), strategies):
-        shape, how = f"{preset}-{tokens}-causal_document", strategy
-        how += "-recompute" if (preset, tokens) == ("1b", 131072) else ""
+    planned = [*cells.STEPS["speed"](world, kernels), *cells.STEPS["parity"](world, kernels)]
+    names = {r.name for r in planned if len(r.gpus) == world}
+    alone = {r.name for r in planned if len(r.gpus) == 1}
+    for preset, tokens in product(("125m", "1b"), (8192, 32768, 131072)):
+        recompute = "-recompute" if (preset, tokens) == ("1b", 131072) else ""
+        shape = f"{preset}-{tokens}-causal_document"
         for framework, kernel in product(("deepspeed", "megatron"), kernels):
-            assert f"speed-{framework}-{shape}-{kernel}-{how}" in speed
-        assert f"speed-deepspeed-{shape}-triton-{how}-zero3" in speed
+            assert f"speed-{framework}-{shape}-{kernel}-none{recompute}" in alone
+            for strategy in strategies:
+                assert f"speed-{framework}-{shape}-{kernel}-{strategy}{recompute}" in names
+        for strategy in strategies:
+            assert f"speed-deepspeed-{shape}-triton-{strategy}{recompute}-zero3" in names
+    if world > 1:
+        for preset, kernel, strategy in product(("125m", "1b"), kernels, strategies):
+            for framework in ("deepspeed", "megatron"):
+                assert f"parity-{preset}-{framework}-{kernel}-{strategy}-zero1" in names
+            assert f"parity-{preset}-deepspeed-triton-{strategy}-zero3" in names
 
 
 def test_one_gpu_trains_every_kernel_at_every_length_in_both_frameworks(cells):
