@@ -258,6 +258,7 @@ def frontend(monkeypatch):
         library.data_type = SimpleNamespace(BFLOAT16=1, HALF=2, FLOAT=3, INT32=4, INT64=5)
         library.diagonal_alignment = SimpleNamespace(TOP_LEFT="top left", BOTTOM_RIGHT="bottom right")
         library.heur_mode = SimpleNamespace(A=1, FALLBACK=2)
+        library.cudnnGraphNotSupportedError = type("cudnnGraphNotSupportedError", (RuntimeError,), {})
         library.set_stream = lambda handle, stream: None
         library.backend_version = lambda: 91900
         return graphs
@@ -325,6 +326,24 @@ def test_cudnn_graphs_are_reused(frontend):
         q = torch.randn(1, n, 2, 16, dtype=torch.float64)
         kernel.forward(q, q, q, masks.causal_document(lengths), options)
     assert (graphs.built, graphs.executed) == (2, 4)
+
+
+@pytest.mark.parametrize(("declining", "asked"), [(set(), [[1]]), ({1}, [[1], [2]])])
+def test_cudnn_asks_one_heuristic_at_a_time(frontend, declining, asked):
+    """Of a list the frontend keeps the exception of one that declined, with the callers' frames and tensors
+    (1.32.0, ``_pygraph.py``: ``failure = exc``)."""
+    graphs, modes_asked = frontend(), []
+    library = sys.modules["cudnn"]
+
+    def create(graph: object, modes: list[int]) -> None:
+        modes_asked.append(modes)
+        if declining.issuperset(modes):
+            raise library.cudnnGraphNotSupportedError("no engine")
+
+    library.pygraph.create_execution_plans = create
+    q = torch.randn(1, 96, 2, 16, dtype=torch.float64)
+    get("cudnn").forward(q, q, q, masks.causal(96), KernelOptions(0.25))
+    assert (modes_asked, graphs.executed) == (asked, 1)
 
 
 def test_cudnn_buckets_are_no_smaller_and_at_most_twice_as_large():
