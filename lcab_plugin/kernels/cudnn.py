@@ -245,8 +245,8 @@ def _graph(shape: Shape) -> tuple[Any, int]:
         result.set_ragged_offset(offset[LAYOUT[name]])
     graph.validate()
     graph.build_operation_graph()
-    # One heuristic at a time: of several, where one declines (FALLBACK has nothing for attention), frontend 1.32
-    # leaves the exception in a cycle with all callers' frames: their tensors wait for Python's collector.
+    # One heuristic at a time: of several, where one declines (FALLBACK knows no attention), frontend 1.32
+    # leaves the exception in a cycle with its callers' frames: their tensors wait for Python's collector.
     try:
         graph.create_execution_plans([cudnn.heur_mode.A])
     except cudnn.cudnnGraphNotSupportedError:
