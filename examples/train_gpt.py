@@ -15,7 +15,7 @@ import argparse
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import safe_get_full_grad, set_z3_leaf_modules
+from deepspeed.utils import safe_get_full_grad, safe_set_full_fp32_param, set_z3_leaf_modules
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
@@ -246,6 +246,7 @@ def prepare(args: argparse.Namespace) -> tuple[Trainer, loop.Job]:
     config = arguments.model_config(args, text.corpus.vocab)
     model = GPT(config, args.seed, args.activation_checkpointing, args.keep_attention)
     set_z3_leaf_modules(model, [Block])  # ZeRO 3 gathers each whole, with one hook for thirteen
+    first = {name: parameter.data for name, parameter in model.named_parameters()}
     attention = lcab.AttentionConfig.from_dict(settings.config["lcab"])
     workload = loop.workload(text, config, attention.mask, settings.dtype) if attention.undecided else None
     engine, _, _, _ = lcab_deepspeed.initialize(
@@ -255,6 +256,8 @@ def prepare(args: argparse.Namespace) -> tuple[Trainer, loop.Job]:
         workload=workload,
         lr_scheduler=None if "scheduler" in settings.config else partial(warm_up, steps=args.warmup),
     )
+    if settings.dtype != "fp32":
+        begin_exactly(engine, first)
     trainer = Trainer(engine)
     global_batch = engine.train_batch_size()
     trainer.identity = loop.identity(args, config, global_batch, text)
@@ -266,6 +269,14 @@ def prepare(args: argparse.Namespace) -> tuple[Trainer, loop.Job]:
     dtype, dp = settings.dtype, engine.lcab.dp_size
     job = loop.Job(args, config, global_batch, dtype, dp, trainer.identity, facts, texts)
     return trainer, replace(job, first_step=first_step, messages=settings.overrides)
+
+
+def begin_exactly(engine: Any, first: Mapping[str, Tensor]) -> None:
+    """Let the optimizer's float32 parameters begin with the ``first`` values, of which DeepSpeed gives them
+    what the low precision kept: in the middle between two of its roundings, where small first updates of a
+    rising learning rate change no weight (`1b`: a loss 8% off float32 after one step)."""
+    for name, parameter in engine.module.named_parameters():
+        safe_set_full_fp32_param(parameter, first[name].to(engine.device))
 
 
 def warm_up(optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:

@@ -109,8 +109,9 @@ def transformer_config(args: argparse.Namespace, model: GPTConfig, cp: int) -> T
 
 def build(
     args: argparse.Namespace, model: GPTConfig, config: TransformerConfig, attention: AttentionConfig
-) -> GPTModel:
-    """This rank's part of the model, with the plug-in's attention and the first values of train_gpt.py."""
+) -> tuple[GPTModel, list[tuple[nn.Parameter, Tensor]]]:
+    """This rank's part of the model, with the plug-in's attention, and its parameters with the first values
+    of train_gpt.py, which they have as well as their precision allows."""
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     layers = [layer] * (model.layers // args.pipeline_parallel)
@@ -126,11 +127,9 @@ def build(
         rotary_base=ROPE_BASE,
         share_embeddings_and_output_weights=False,
     )
+    part.to(device())
     degrees = parallel_state.get_tensor_model_parallel_rank(), args.tensor_parallel
-    with torch.no_grad():
-        for name, parameter in named_parameters(part):
-            parameter.copy_(gpt_in_megatron.to_megatron(name, model, args.seed, *degrees))
-    return part
+    return part, gpt_in_megatron.fill(named_parameters(part), model, args.seed, *degrees)
 
 
 def named_parameters(part: GPTModel) -> Iterator[tuple[str, nn.Parameter]]:
@@ -318,7 +317,9 @@ class Trainer:
             state = {"step": done, "identity": self.identity, "model": self.part.state_dict()}
             torch.save(state, model)
         if first or self.args.distributed_optimizer:
-            states = [(inner.state_dict(), masters(inner)) for inner in self.inner_optimizers()]
+            states = [
+                (inner.state_dict(), gpt_in_megatron.masters(inner)) for inner in self.inner_optimizers()
+            ]
             torch.save(states, optimizer)
         collectives.barrier()  # the checkpoint is the latest when it is whole
         if collectives.rank() == 0:
@@ -336,14 +337,9 @@ class Trainer:
         saved = torch.load(optimizer, map_location="cpu", weights_only=True)
         for inner, (inner_state, values) in zip(self.inner_optimizers(), saved, strict=True):
             inner.load_state_dict(inner_state)
-            for parameter, value in zip(masters(inner), values, strict=True):
+            for parameter, value in zip(gpt_in_megatron.masters(inner), values, strict=True):
                 parameter.copy_(value)
         return done
-
-
-def masters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """The values that it changes."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def device() -> torch.device:
@@ -385,8 +381,10 @@ def prepare(args: argparse.Namespace) -> tuple[Trainer, loop.Job]:
     if attention.undecided:
         workload = loop.workload(texts[0], model, attention.mask, args.dtype, tp)
         attention = collectives.together(lambda: lcab_megatron.decided(attention, workload, cp, tp))
-    part = build(args, model, transformer_config(args, model, cp), attention).to(device())
+    part, first = build(args, model, transformer_config(args, model, cp), attention)
     trainer = Trainer(args, model, part, attention)
+    if args.dtype == "bf16":
+        gpt_in_megatron.begin_exactly(trainer.optimizer, first)
     slots = collectives.all_gather_object(lcab_megatron.describe(part))
     plugged = trainer.attentions()[0].plug.cp
     facts = {

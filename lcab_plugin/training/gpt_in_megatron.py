@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,18 @@ def to_megatron(name: str, config: GPTConfig, seed: int, tp_rank: int, tp_size: 
         units = _units(name, config, tp_size)
         parts = [torch.cat([part.unflatten(0, (units, -1)) for part in parts], dim=1).flatten(0, 1)]
     return parts[0] if dim is None else parts[0].chunk(tp_size, dim)[tp_rank]
+
+
+@torch.no_grad()
+def fill(
+    parameters: Iterable[tuple[str, Tensor]], config: GPTConfig, seed: int, tp_rank: int, tp_size: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Give Megatron's parameters, by global name, their first values; returns both."""
+    filled = []
+    for name, parameter in parameters:
+        filled.append((parameter, to_megatron(name, config, seed, tp_rank, tp_size)))
+        parameter.copy_(filled[-1][1])
+    return filled
 
 
 def from_megatron(name: str, shards: Sequence[Tensor], config: GPTConfig) -> Mapping[str, Tensor]:
@@ -109,3 +122,32 @@ def _sources(name: str) -> tuple[tuple[str, ...], int | None]:
 
 def _units(name: str, config: GPTConfig, tp_size: int) -> int:
     return config.kv_heads if "linear_qkv" in name else tp_size
+
+
+def masters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The values that it changes."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+@torch.no_grad()
+def begin_exactly(optimizer: Any, first: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Let the float32 parameters of Megatron's ``optimizer`` begin with the ``first`` values of the model's
+    parameters, of which Megatron gives them what bf16 kept: in the middle between two of its roundings, where
+    small first updates of a rising learning rate change no weight.
+
+    Three bf16 numbers add up to a float32 one. The optimizer copies one after the other from the model, the
+    largest last, by `reload_model_params`, which every release and kind of optimizer has.
+    """
+    values = [value for inner in optimizer.chained_optimizers for value in masters(inner.optimizer)]
+    sums = [torch.zeros_like(value) for value in values]
+    for smaller in (2, 1, 0):
+        for parameter, exact in first:
+            part = exact.to(parameter.device, torch.float32)
+            for _ in range(smaller):
+                part = part - part.to(parameter.dtype)
+            parameter.copy_(part)
+        optimizer.reload_model_params()
+        for total, value in zip(sums, values, strict=True):
+            total += value
+    for total, value in zip(sums, values, strict=True):
+        value.copy_(total)
