@@ -1,4 +1,4 @@
-"""In bf16 the examples' optimizers begin with the model's float32 values, not with what bf16 keeps of them."""
+"""In bf16 the examples train from the float32 first values, not from what bf16 keeps of them."""
 
 from __future__ import annotations
 
