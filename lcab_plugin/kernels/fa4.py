@@ -24,6 +24,10 @@ from lcab_plugin.kernels.lowering import too_deep, varlen_calls
 from lcab_plugin.kernels.segments import Segments, SegmentsKernel
 from lcab_plugin.masks import AttentionMask
 
+# Rows and keys that are several blocks on every GPU: told that one block holds all of them, the library
+# compiles kernels of their own for that (2 to 3 s, in the middle of a run whose documents vary).
+SEVERAL_BLOCKS = 512
+
 
 class FlashAttention4(SegmentsKernel):
     """flash_attn.cute, one native call per layer of segments."""
@@ -143,8 +147,8 @@ def _common(plan: Segments, options: KernelOptions) -> dict[str, Any]:
     return {
         "cu_seqlens_q": plan.cu_q,
         "cu_seqlens_k": plan.cu_k,
-        "max_seqlen_q": plan.max_q,
-        "max_seqlen_k": plan.max_k,
+        "max_seqlen_q": max(plan.max_q, SEVERAL_BLOCKS),
+        "max_seqlen_k": max(plan.max_k, SEVERAL_BLOCKS),
         "softmax_scale": options.scale,
         "window_size_left": None if plan.left < 0 else plan.left,
         "window_size_right": None if plan.right < 0 else plan.right,

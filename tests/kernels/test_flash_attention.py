@@ -55,6 +55,8 @@ def _fa4_window(a: dict[str, Any]) -> tuple[int | None, int | None]:
     """flash_attn/cute/interface.py of 4.0.0b36, _resolve_causal_local_window."""
     left, right = a["window_size_left"], a["window_size_right"]
     assert all(limit is None or limit >= 0 for limit in (left, right))  # -1 beside a limit would be one
+    # one block of up to 256 rows (two query tiles on Blackwell) or 128 keys is part of its compile keys
+    assert min(a["max_seqlen_q"], a["max_seqlen_k"]) > 256
     return left, 0 if a.get("causal") else right
 
 
