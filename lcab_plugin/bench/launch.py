@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import TCPStore
-
+from lcab_plugin.context_parallel import collectives
 from lcab_plugin.errors import LcabError
 
 SCRIPTS = {"deepspeed": "train_gpt.py", "megatron": "train_gpt_megatron.py"}  # of examples/, by framework
@@ -62,7 +61,7 @@ def launch(
     logs.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
     ranks: list[subprocess.Popen[bytes]] = []
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = collectives.meeting_place()
     with ExitStack() as files:
         try:
             for environment in _environments(world, device, store.port):

@@ -102,6 +102,11 @@ def _sleep_at_exit() -> None:
     atexit.register(time.sleep, 0.2)
 
 
+def meeting_place() -> dist.TCPStore:
+    """Where ranks of this machine can meet, open from now on; keep it while they do."""
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
 def join(backend: str, timeout: float) -> None:
     """Meet the other ranks; address and rank are in torchrun's variables. ``timeout``: seconds."""
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))

@@ -330,8 +330,7 @@ def test_cudnn_graphs_are_reused(frontend):
 
 @pytest.mark.parametrize(("declining", "asked"), [(set(), [[1]]), ({1}, [[1], [2]])])
 def test_cudnn_asks_one_heuristic_at_a_time(frontend, declining, asked):
-    """Of a list the frontend keeps the exception of one that declined, with the callers' frames and tensors
-    (1.32.0, ``_pygraph.py``: ``failure = exc``)."""
+    """Of a list frontend 1.32 keeps the exception of one that declined, with all callers' tensors."""
     graphs, modes_asked = frontend(), []
     library = sys.modules["cudnn"]
 
@@ -353,8 +352,7 @@ def test_cudnn_buckets_are_no_smaller_and_at_most_twice_as_large():
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_cudnn_builds_few_graphs_for_documents(ranks):
-    """Forward and backward of a training run's documents must be few, and fit among the graphs kept; over
-    ranks what a rank's queries see differs more from step to step than the documents do."""
+    """What a rank's queries see differs more from step to step than the documents do."""
     found = set()
     for step in range(200):
         mask = masks.causal_document(sample_lengths(16384 * ranks, "pile", step))
