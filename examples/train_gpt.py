@@ -256,8 +256,11 @@ def prepare(args: argparse.Namespace) -> tuple[Trainer, loop.Job]:
         workload=workload,
         lr_scheduler=None if "scheduler" in settings.config else partial(warm_up, steps=args.warmup),
     )
-    if settings.dtype != "fp32":
-        begin_exactly(engine, first)
+    messages = list(settings.overrides)
+    if settings.dtype != "fp32" and not begin_exactly(engine, first):
+        messages.append(
+            "the optimizer's float32 parameters begin rounded, as DeepSpeed has them under ZeRO 0"
+        )
     trainer = Trainer(engine)
     global_batch = engine.train_batch_size()
     trainer.identity = loop.identity(args, config, global_batch, text)
@@ -268,15 +271,19 @@ def prepare(args: argparse.Namespace) -> tuple[Trainer, loop.Job]:
     facts = {"data": text.corpus.facts(), **settings.resolved(engine)}
     dtype, dp = settings.dtype, engine.lcab.dp_size
     job = loop.Job(args, config, global_batch, dtype, dp, trainer.identity, facts, texts)
-    return trainer, replace(job, first_step=first_step, messages=settings.overrides)
+    return trainer, replace(job, first_step=first_step, messages=messages)
 
 
-def begin_exactly(engine: Any, first: Mapping[str, Tensor]) -> None:
+def begin_exactly(engine: Any, first: Mapping[str, Tensor]) -> bool:
     """Let the optimizer's float32 parameters begin with the ``first`` values, of which DeepSpeed gives them
     what the low precision kept: in the middle between two of its roundings, where small first updates of a
-    rising learning rate change no weight (`1b`: a loss 8% off float32 after one step)."""
+    rising learning rate change no weight (`1b`: a loss 8% off float32 after one step). False where DeepSpeed
+    has no function for that: without ZeRO."""
+    if not engine.zero_optimization():
+        return False
     for name, parameter in engine.module.named_parameters():
         safe_set_full_fp32_param(parameter, first[name].to(engine.device))
+    return True
 
 
 def warm_up(optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:

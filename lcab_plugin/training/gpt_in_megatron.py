@@ -136,7 +136,7 @@ def begin_exactly(optimizer: Any, first: Sequence[tuple[Tensor, Tensor]]) -> Non
     small first updates of a rising learning rate change no weight.
 
     Three bf16 numbers add up to a float32 one. The optimizer copies one after the other from the model, the
-    largest last, by `reload_model_params`, which every release and kind of optimizer has.
+    largest last, by `reload_model_params`, which each kind of its optimizers has.
     """
     values = [value for inner in optimizer.chained_optimizers for value in masters(inner.optimizer)]
     sums = [torch.zeros_like(value) for value in values]

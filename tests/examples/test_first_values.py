@@ -34,6 +34,13 @@ for name, parameter in trainer.engine.module.named_parameters():
     assert torch.equal(safe_get_full_fp32_param(parameter), first), name
 """
 
+ROUNDED = """
+import train_gpt
+
+_, job = train_gpt.prepare(train_gpt.parse_args())
+assert any("begin rounded" in line for line in job.messages), job.messages
+"""
+
 MEGATRON = """
 import torch, train_gpt_megatron as example
 from lcab_plugin.context_parallel import collectives
@@ -58,15 +65,18 @@ assert torch.equal(masters, exact)
     [
         ("deepspeed", ["--deepspeed_config", str(ROOT / "examples" / "configs" / "zero1.json")]),
         ("deepspeed", ["--deepspeed_config", str(ROOT / "examples" / "configs" / "zero3.json")]),
+        ("rounded", ["--deepspeed_config", str(ROOT / "examples" / "configs" / "zero0.json")]),
         ("megatron", ["--tensor-parallel", "2", "--vocab", "258"]),
         ("megatron", ["--distributed-optimizer"]),
     ],
 )
-def test_an_optimizer_begins_exactly(tmp_path: Path, framework: str, flags: list[str]) -> None:
-    pytest.importorskip(framework)
+def test_an_optimizer_begins_exactly_or_says_that_it_does_not(
+    tmp_path: Path, framework: str, flags: list[str]
+) -> None:
+    pytest.importorskip("megatron" if framework == "megatron" else "deepspeed")
     script = tmp_path / "first_values.py"
     paths = [str(ROOT / "examples"), str(ROOT)]
-    code = {"deepspeed": DEEPSPEED, "megatron": MEGATRON}[framework]
+    code = {"deepspeed": DEEPSPEED, "rounded": ROUNDED, "megatron": MEGATRON}[framework]
     script.write_text(f"import sys\nsys.path[:0] = {paths}\n{code}")
     arguments = [*SMALL, *flags, "--out", str(tmp_path)]
     outcome = launch(script, arguments, world=2, device="cpu", logs=tmp_path / "logs", timeout=120)

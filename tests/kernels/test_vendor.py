@@ -350,8 +350,8 @@ def test_cudnn_buckets_are_no_smaller_and_at_most_twice_as_large():
         assert max(n, 256) <= cudnn._bucket(n, 256) < max(257, 2 * n)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_cudnn_builds_few_graphs_for_documents(ranks):
+@pytest.mark.parametrize(("ranks", "most"), [(1, 16), (2, 192)])
+def test_cudnn_builds_few_graphs_for_documents(ranks, most):
     """What a rank's queries see differs more from step to step than the documents do."""
     found = set()
     for step in range(200):
@@ -364,7 +364,7 @@ def test_cudnn_builds_few_graphs_for_documents(ranks):
             found |= {
                 cudnn._shape(backward, q, k, k, plan, KernelOptions(0.125)) for backward in (False, True)
             }
-    assert len(found) < cudnn._graph.cache_parameters()["maxsize"] / 4
+    assert len(found) <= most < cudnn._graph.cache_parameters()["maxsize"] / 4
 
 
 @pytest.mark.parametrize(

@@ -223,9 +223,10 @@ def test_a_mask_that_would_take_minutes_is_refused() -> None:
 
 
 def test_a_kernel_is_not_chosen_for_hiding_the_parameters_by_being_slow() -> None:
-    found = ranked(model=MODELS["llama3-8b"], mask=masks.prefix_lm_causal(4096, 1024))
+    found = ranked(model=MODELS["llama3-8b"], mask=masks.prefix_lm_causal(4096, 3072))
     fastest = min(found, key=lambda p: p.seconds)
-    assert found[0].attention < 0.6 * fastest.attention  # behind which ZeRO 3's gathers hide
+    assert fastest.terms["attention"] > 0.1  # and ZeRO 3's gathers hidden behind it
+    assert found[0].attention < 0.25 * fastest.attention
     assert found[0].seconds < ALIKE * fastest.seconds
 
 
