@@ -19,11 +19,12 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
+import training_table
 from training_runs import CUDA, NO_MEMORY, SCRIPTS, STEPS, Run, of_length
 
 from lcab_plugin.bench.launch import Outcome, launch
@@ -48,6 +49,7 @@ class Step:
     ends: float  # when, by time.monotonic
     patience: float  # seconds that one run may take
     stop: threading.Event = field(default_factory=threading.Event)
+    judge: Judge | None = None
 
     def folder(self, run: Run) -> Path:
         """Of its records."""
@@ -77,6 +79,38 @@ class Step:
         self.folder(run).mkdir(parents=True, exist_ok=True)
         (self.folder(run) / "failed.txt").write_text(reason + "\n")
         say(f"{run.name}: {reason.splitlines()[0]}")
+
+
+class Judge:
+    """Compares runs of parity with their baseline while others train: each of 1b leaves 4 GB of gradients:
+    together more than a disk may hold. What ends before the baselines and their twins waits for them."""
+
+    def __init__(self, step: Step, runs: Sequence[Run]) -> None:
+        self.step, self.baselines = step, [run for run in runs if "-baseline-" in run.name]
+        self.waiting: list[Run] = []
+        self.parities: dict[str, training_table.Parity] = {}
+        self.pool = ThreadPoolExecutor(1)
+        self.compared: list[Future[None]] = []
+
+    def ended(self, run: Run) -> None:
+        """One more to compare."""
+        self.compared.append(self.pool.submit(self.compare, run))
+
+    def compare(self, run: Run) -> None:
+        """All that can be compared now."""
+        self.waiting += [] if run in self.baselines else [run]
+        if self.step.left(self.baselines):
+            return
+        while self.waiting:
+            name = self.waiting.pop(0).name
+            found = training_table.row(self.step.out, self.step.out / name, self.parities)
+            say(f"{name}: {'; '.join([found['verdict'], *found.get('problems', ())])}")
+
+    def close(self) -> None:
+        """Wait for the last; raises what went wrong."""
+        self.pool.shutdown()
+        for one in self.compared:
+            one.result()
 
 
 def say(line: str) -> None:
@@ -116,11 +150,17 @@ def start(step: Step, runs: Sequence[Run], logs: Path) -> str | None:
     plan.write_text(json.dumps(todo))
     waiting, since = list(runs), time.monotonic() + STARTING
 
-    def watch() -> None:
+    def ended() -> None:
         nonlocal since
         while waiting and step.done(waiting[0]):
-            say(f"{waiting.pop(0).name}: done")
+            done = waiting.pop(0)
+            say(f"{done.name}: done")
             since = time.monotonic()
+            if step.judge:
+                step.judge.ended(done)
+
+    def watch() -> None:
+        ended()
         if step.over():
             raise TooLong("the time of the step ended")
         if time.monotonic() > since + step.patience:
@@ -139,6 +179,8 @@ def start(step: Step, runs: Sequence[Run], logs: Path) -> str | None:
         )
     except TooLong as error:
         return str(error)
+    finally:
+        ended()  # the last may have, and the ranks with it, since `watch` looked
     return None if outcome.status == "done" else explain(outcome, logs)
 
 
@@ -229,7 +271,11 @@ def main() -> None:
     if args.step == "longest":
         ended = search(step, runs)
     else:
+        if args.step == "parity":
+            step.judge = Judge(step, runs)
         side_by_side(step, runs)
+        if step.judge:
+            step.judge.close()
         ended = sum(step.done(run) for run in runs)
     say(f"{args.step}: {ended} of {len(runs)} done")
     sys.exit(0 if ended else 1)
