@@ -2,7 +2,10 @@
 
 Every cell (framework x mask x kernel x strategy x layout) trains the same model on the same data, in a
 framework always through the same script. The baseline of a mask is kernel ``naive`` without context
-parallelism in the first framework: data parallel over the same ranks, with the same global batch.
+parallelism: data parallel over the same ranks, with the same global batch. In fp32 it is in the first
+framework. In a low precision every framework has its own, for each rounds in its own places: its runs share
+their baseline's rounding, and the others' lie up to as far on the other side of float32, at the very edge of
+the budget. There the frameworks are compared by the float32 twins of their baselines.
 
 Compared are the digest of every step's global tokens, every step's loss and gradient norm, and every
 parameter's gradient at step 0: Adam and clipping hide a gradient of the wrong scale from the losses.
@@ -45,7 +48,7 @@ FRAMEWORKS = tuple(SCRIPTS)
 @dataclass(frozen=True)
 class Cell:
     """One training run. ``layout`` is None where nothing is sharded (strategy ``none``); ``role``:
-    ``baseline``, ``second`` (the other baseline, which measures a low precision's budget) or None."""
+    ``baseline``, ``fp32 baseline`` (its twin, which measures a low precision's budget) or None."""
 
     mask: str
     kernel: str
@@ -151,13 +154,14 @@ def plan(
                 raise unknown(kind, name, known)
     strategies = [strategy_name(name) for name in strategies]
     cells: list[Cell] = []
-    first = frameworks[0]
+    with_baseline, roles = frameworks, ("baseline", "fp32 baseline")
+    if dtype == "fp32":
+        with_baseline, roles = frameworks[:1], roles[:1]
     for mask in mask_names:
-        cells.append(Cell(mask, "naive", "none", role="baseline", framework=first))
-        if dtype != "fp32":
-            cells.append(Cell(mask, "naive", "none", role="fp32 baseline", framework=first))
+        for framework, role in product(with_baseline, roles):
+            cells.append(Cell(mask, "naive", "none", role=role, framework=framework))
         for framework, kernel, strategy in product(frameworks, kernel_names, strategies):
-            if (framework, kernel, strategy) != (first, "naive", "none"):
+            if framework not in with_baseline or (kernel, strategy) != ("naive", "none"):
                 for layout in [None] if strategy == "none" else layouts:
                     cells.append(Cell(mask, kernel, strategy, layout, framework=framework))
     return list(dict.fromkeys(cells))
@@ -182,8 +186,8 @@ def run(
         raise LcabError(f"{settings.out} holds a comparison already; give another --out.")
     config = _write_config(settings)
     results: list[Result] = []
-    baselines: dict[str, Trace] = {}
-    budgets: dict[str, Budget] = {}
+    baselines: dict[tuple[str, str | None], Trace] = {}
+    budgets: dict[tuple[str, str | None], Budget] = {}
     for cell in cells:
         outcome = _train(cell, settings, config, watch)
         result, trace = _read(cell, settings, outcome)
@@ -278,15 +282,21 @@ def _read(cell: Cell, settings: Settings, outcome: Outcome) -> tuple[Result, Tra
 
 
 def _judge(
-    result: Result, trace: Trace, settings: Settings, baselines: dict[str, Trace], budgets: dict[str, Budget]
+    result: Result,
+    trace: Trace,
+    settings: Settings,
+    baselines: dict[tuple[str, str | None], Trace],
+    budgets: dict[tuple[str, str | None], Budget],
 ) -> None:
-    """Fill in how the run compares, and keep what the later cells of its mask are compared with."""
+    """Fill in how the run compares, and keep what the later cells of its mask are compared with: baseline and
+    budget by mask and framework, None what is of all frameworks: in float32."""
     cell = result.cell
+    own, exact = (cell.mask, None if settings.dtype == "fp32" else cell.framework), (cell.mask, None)
     if cell.role == "baseline":
-        baselines[cell.mask] = trace  # compared with itself: it must at least be whole and finite
+        baselines[own] = trace  # compared with itself: it must at least be whole and finite
         if settings.dtype == "fp32":
-            budgets[cell.mask] = FP32
-    baseline = baselines.get(cell.mask)
+            budgets[own] = FP32
+    baseline = baselines.get(own)
     if baseline is None:
         result.problems = ["there is nothing to compare with: the baseline of its mask did not run"]
     else:
@@ -294,9 +304,13 @@ def _judge(
     if baseline is not None and not result.problems:
         result.deviations = deviations(baseline, trace, settings.dtype)
         if cell.role == "fp32 baseline":
-            budgets[cell.mask] = twice(result.deviations)
+            budgets[own] = twice(result.deviations)
+            first = baselines.setdefault(exact, trace)
+            apart = different_runs(first, trace, settings.steps)
+            apart = apart or over_budget(deviations(first, trace, "fp32"), FP32)
+            result.problems = [f"beside the first framework in fp32: {problem}" for problem in apart]
         elif cell.role is None:
-            result.budget = budgets.get(cell.mask)
+            result.budget = budgets.get(own)
             if result.budget is None:
                 result.problems = ["there is no budget: the fp32 baseline of its mask did not run"]
             else:
@@ -362,9 +376,12 @@ def row(result: Result) -> tuple[str, ...]:
 def notes(results: Sequence[Result]) -> list[str]:
     """What stands below the table: the budgets, and what went wrong in a cell."""
     budgets: dict[str, list[str]] = {}
+    several = len({result.cell.framework for result in results}) > 1
     for result in results:
-        if result.budget and result.cell.mask not in budgets.setdefault(str(result.budget), []):
-            budgets[str(result.budget)].append(result.cell.mask)
+        cell = result.cell
+        name = f"{cell.mask} in {cell.framework}" if several else cell.mask
+        if result.budget and name not in budgets.setdefault(str(result.budget), []):
+            budgets[str(result.budget)].append(name)
     lines = [f"Budget, {', '.join(names)}: {text}." for text, names in budgets.items()]
     for result in results:
         if result.status != "pass":

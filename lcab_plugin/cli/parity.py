@@ -23,7 +23,7 @@ _STYLES = {"pass": "green", "baseline": "cyan", "fp32 baseline": "cyan", "cannot
 def parity(
     framework: Annotated[
         str,
-        typer.Option(help="deepspeed, megatron, or both, comma separated: the baseline is in the first."),
+        typer.Option(help="deepspeed, megatron, or both, comma separated: the first is the others' measure."),
     ] = "deepspeed",
     kernels: Annotated[str, typer.Option(help="Kernels, comma separated.")] = "naive,sdpa_flash",
     strategies: Annotated[str, typer.Option(help="Strategies.")] = "none,ulysses,ring_p2p,ring_all_gather",
@@ -68,8 +68,9 @@ def parity(
     """Train the same model on the same data with every kernel, strategy and mask, and compare step by step.
 
     Baseline of a mask: kernel naive, strategy none (data parallel over the same processes, same global
-    batch) in the first framework. In fp32 the bounds are fixed; in bf16 they are twice what the baseline
-    itself differs by from the same run in fp32, after ten steps four times, in nine of ten steps.
+    batch). In fp32 it is in the first framework and the bounds are fixed. In bf16 every framework has its
+    own, since each rounds in its own places, and the bounds are twice what it differs by from the same run in
+    fp32, after ten steps four times, in nine of ten steps; the fp32 runs of two frameworks are compared.
 
     Exit status 0 if every cell that ran passes; a cell that cannot run shows its reason and is no failure,
     unless --strict or none at all was compared. 1 if a cell deviates, crashes or hangs, or a baseline is

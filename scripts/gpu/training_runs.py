@@ -104,28 +104,27 @@ def strategies_over(world: int) -> Sequence[str]:
 
 
 def parity_of(preset: str, world: int, kernels: Sequence[str]) -> Iterator[Run]:
-    """First on one GPU each, side by side, the baseline of every mask and its float32 twin on the first. One
-    GPU has time for both masks. Of several those that tell most come before the rest of every kernel under
-    every strategy."""
+    """First on one GPU each, side by side, the baselines of each framework with their float32 twins, and what
+    else needs one GPU. One GPU has time for both masks. Of several those that tell most come before the rest
+    of every kernel under every strategy."""
     shape: dict[str, Any] = {"preset": preset, "seqlen": 8192, "steps": 50, "strategy": "none"}
     shape |= {"mask": DOCUMENTS, "loss_mask": "uneven", "doc_lengths": "pile"}
-    ours, second = kernels[0], min(1, world - 1)
-    for mask in MASKS if world == 1 or set(kernels) & set(NO_DOCUMENTS) else MASKS[:1]:
-        same = {**shape, "mask": mask}
-        yield training(f"parity-{preset}-baseline-{mask}", [0], **same, kernel=BASELINE)
-        exact = {**same, "dtype": "fp32", "kernel": EXACT}
-        yield training(f"parity-{preset}-baseline-{mask}-fp32", [0], **exact)
-    for kernel in (kernel for kernel in kernels if kernel != BASELINE):
-        for i, mask in enumerate(masks_of(kernel)[: 2 if world == 1 else 1]):
-            name = f"parity-{preset}-deepspeed-{kernel}-none{f'-{mask}' if i else ''}"
-            yield training(name, [second], **{**shape, "kernel": kernel, "mask": mask})
-    trained = [kernel for kernel in kernels if kernel not in NO_DOCUMENTS]
-    for i, kernel in enumerate(trained[:1] if world == 1 else trained):
-        name, gpu = f"parity-{preset}-megatron-{kernel}-none", [(second + i) % world]
-        yield training(name, gpu, "megatron", zero=0, **{**shape, "kernel": kernel})
+    ours, trained = kernels[0], [kernel for kernel in kernels if kernel not in NO_DOCUMENTS]
+    both = MASKS if world == 1 or len(trained) < len(kernels) else MASKS[:1]
+    lanes = (0, "deepspeed", 1, both), (min(1, world - 1), "megatron", 0, MASKS[:1])
+    for gpu, framework, zero, masks in lanes:
+        alone = partial(training, gpus=[gpu], framework=framework, zero=zero)
+        for mask in masks:
+            name, same = f"parity-{preset}-{framework}-baseline-{mask}", {**shape, "mask": mask}
+            yield alone(name, **same, kernel=BASELINE)
+            yield alone(f"{name}-fp32", **{**same, "dtype": "fp32", "kernel": EXACT})
+        others = kernels if framework == "deepspeed" else trained[: 1 if world == 1 else None]
+        for kernel in (kernel for kernel in others if kernel != BASELINE):
+            for mask in masks_of(kernel)[: len(masks) if world == 1 else 1]:
+                name = f"parity-{preset}-{framework}-{kernel}-none{f'-{mask}' if mask != DOCUMENTS else ''}"
+                yield alone(name, **{**shape, "kernel": kernel, "mask": mask})
     if world == 1:
-        cells = [("megatron", BASELINE, "none", 0)] if ours != BASELINE else []
-        cells += [("deepspeed", ours, "none", 3)]
+        cells = [("deepspeed", ours, "none", 3)]
     else:
         cells = [("megatron", ours, "ulysses", 1), ("megatron", ours, "ring_p2p", 0)]
         cells += [("deepspeed", ours, strategy, 1) for strategy in STRATEGIES]

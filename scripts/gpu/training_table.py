@@ -2,10 +2,11 @@
 
     python scripts/gpu/training_table.py OUT          # prints it; writes OUT/table.md and OUT/table.json
 
-A run is compared with the baseline of its preset and mask, OUT/parity-PRESET-baseline-MASK, by the rules of
-`lcab parity`: the same tokens, losses, gradient norms and step-0 gradients; in bf16 within twice what the
-baseline differs by from its float32 twin, after ten steps four times. Times are medians of the steps after
-the first two.
+A run is compared with the baseline of its preset, framework and mask, in the folder
+parity-PRESET-FRAMEWORK-baseline-MASK, by the rules of `lcab parity`: the same tokens, losses, gradient norms
+and step-0 gradients; in bf16 within twice what the baseline differs by from its float32 twin, after ten steps
+four times. Megatron's float32 twin is compared with DeepSpeed's as in fp32. Times are medians of the steps
+after the first two.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from training_runs import NO_MEMORY
+from training_runs import NO_MEMORY, SCRIPTS
 
 from lcab_plugin.bench import compare
 from lcab_plugin.training import records
@@ -27,8 +28,13 @@ from lcab_plugin.training.loop import WARM_UP
 
 # The tables: a title, the columns, and what each shows of a row.
 WHAT = {"framework": "framework", "kernel": "kernel", "strategy": "strategy", "layout": "layout"}
-PARITY = {"preset": "preset", "mask": "mask", **WHAT, "GPUs": "world", "ZeRO": "zero", "step ms": "step_ms"}
-PARITY |= {"peak GiB": "peak_gib", "last loss": "last_loss", "loss, first 10 steps": "loss"}
+PARITY = {"preset": "preset", "mask": "mask", **WHAT, "GPUs": "world", "ZeRO": "zero", "dtype": "dtype"}
+PARITY |= {
+    "step ms": "step_ms",
+    "peak GiB": "peak_gib",
+    "last loss": "last_loss",
+    "loss, first 10 steps": "loss",
+}
 PARITY |= {"loss, later": "loss_later", "gradient norm": "norms", "step-0 gradients": "gradient"}
 PARITY |= {"verdict": "verdict"}
 TIMES = {"step ms": "step_ms", "tokens/s": "tokens_per_s", "MFU": "mfu", "peak GiB": "peak_gib"}
@@ -75,7 +81,7 @@ class Parity:
         if kept.exists():
             return dict(json.loads(kept.read_text()))
         found = self.compare(folder, steps)
-        if found["verdict"] in ("pass", "fail"):
+        if found["verdict"] in ("pass", "fail") and "-baseline-" not in folder.name:
             kept.write_text(json.dumps(found) + "\n")
             (folder / "gradients.pt").unlink()
         return found
@@ -95,6 +101,14 @@ class Parity:
             return {**asdict(found), "verdict": "no budget"}
         problems = compare.over_budget(found, self.budget)
         return {**asdict(found), "verdict": "fail" if problems else "pass", "problems": problems}
+
+
+def baseline_of(name: str, framework: str, mask: str) -> str:
+    """What the run of that name is compared with: the float32 twin of a second framework with that of the
+    first."""
+    preset, frameworks = name.split("-")[1], (framework, next(iter(SCRIPTS)))
+    own, first = (f"parity-{preset}-{of}-baseline-{mask}" for of in frameworks)
+    return f"{first}-fp32" if name == f"{own}-fp32" and own != first else own
 
 
 def recomputed(run: dict[str, Any]) -> str | None:
@@ -136,8 +150,8 @@ def row(out: Path, folder: Path, parities: dict[str, Parity]) -> dict[str, Any]:
         "last_loss": steps[-1]["loss"],
     }
     if folder.name.startswith("parity-") and "verdict" not in found:
-        preset = folder.name.split("-")[1]
-        if (baseline := f"parity-{preset}-baseline-{attention['mask']}") not in parities:
+        baseline = baseline_of(folder.name, run["framework"], attention["mask"])
+        if baseline not in parities:
             parities[baseline] = Parity(out, baseline)
         found |= parities[baseline].judge(folder, run["steps"])
         if "grad_norm" in found:

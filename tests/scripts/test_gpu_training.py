@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -191,9 +191,10 @@ def test_documents_are_not_trained_with_a_kernel_that_builds_plans_for_their_len
             flags = dict(zip(r.arguments[::2], r.arguments[1::2], strict=False))
             assert flags["--kernel"] != "sdpa_cudnn" or flags["--mask"] == "causal"
     baselines = {r.name for r in cells.STEPS["parity"](2, kernels) if "baseline" in r.name}
+    trained = ("deepspeed", "causal"), ("deepspeed", "causal_document"), ("megatron", "causal_document")
     assert baselines == {
-        f"parity-{preset}-baseline-{mask}{dtype}"
-        for preset, mask, dtype in product(("125m", "1b"), ("causal", "causal_document"), ("", "-fp32"))
+        f"parity-{preset}-{framework}-baseline-{mask}{dtype}"
+        for preset, (framework, mask), dtype in product(("125m", "1b"), trained, ("", "-fp32"))
     }
 
 
@@ -272,7 +273,8 @@ def record(folder: Path, losses: list[float], dtype: str = "bf16", seqlen: int =
     folder.mkdir()
     attention = {"kernel": "naive", "strategy": "none", "mask": "causal", "layout": "zigzag"}
     first = {"type": "run", "schema": 1, "attention": attention, "dtype": dtype, "cp": 1, "world": world}
-    lines: list[dict] = [first | {"steps": len(losses), "seqlen": seqlen, "framework": "x", "command": []}]
+    first["framework"] = "megatron" if "megatron" in folder.name else "deepspeed"
+    lines: list[dict] = [first | {"steps": len(losses), "seqlen": seqlen, "command": []}]
     for i, loss in enumerate(losses):
         lines.append(
             {
@@ -301,10 +303,15 @@ def table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
 
 
 def test_the_table_judges_by_the_rules_of_lcab_parity(table, tmp_path, capsys):
-    record(tmp_path / "parity-1b-baseline-causal", [4.0, 3.0, 2.0])
-    record(tmp_path / "parity-1b-baseline-causal-fp32", [4.004, 3.0, 2.0], "fp32")
+    record(tmp_path / "parity-1b-deepspeed-baseline-causal", [4.0, 3.0, 2.0])
+    record(tmp_path / "parity-1b-deepspeed-baseline-causal-fp32", [4.004, 3.0, 2.0], "fp32")
     record(tmp_path / "parity-1b-near", [4.006, 3.0, 2.0])  # within twice 1e-3
     record(tmp_path / "parity-1b-far", [4.01, 3.0, 2.0])
+    # Another framework rounds to the other side of float32, which is the same in both.
+    record(tmp_path / "parity-1b-megatron-baseline-causal", [4.01, 3.0, 2.0])
+    record(tmp_path / "parity-1b-megatron-baseline-causal-fp32", [4.00401, 3.0, 2.0], "fp32")
+    record(tmp_path / "parity-1b-megatron-near", [4.02, 3.0, 2.0])  # within twice 1.5e-3
+    record(tmp_path / "parity-1b-megatron-far", [4.025, 3.0, 2.0])
     record(tmp_path / "parity-125m-near", [4.0, 3.0, 2.0])  # its preset has no baseline here
     record(tmp_path / "speed-x", [4.0, 3.0, 2.0])
     failed(tmp_path / "speed-y", "crashed: rank 0")
@@ -315,21 +322,59 @@ def test_the_table_judges_by_the_rules_of_lcab_parity(table, tmp_path, capsys):
     rows = {row["run"]: row for row in json.loads((tmp_path / "table.json").read_text())["rows"]}
     verdicts = {name: row.get("verdict") for name, row in rows.items()}
     assert verdicts == {
-        "parity-1b-baseline-causal": "baseline",
-        "parity-1b-baseline-causal-fp32": "baseline in fp32",
+        "parity-1b-deepspeed-baseline-causal": "baseline",
+        "parity-1b-deepspeed-baseline-causal-fp32": "baseline in fp32",
         "parity-1b-near": "pass",
         "parity-1b-far": "fail",
+        "parity-1b-megatron-baseline-causal": "baseline",
+        "parity-1b-megatron-baseline-causal-fp32": "pass",
+        "parity-1b-megatron-near": "pass",
+        "parity-1b-megatron-far": "fail",
         "parity-125m-near": "no baseline",
         "speed-x": None,
         "speed-y": "did not end",
         "speed-z": "did not end",
     }
     kept = {path.parent.name for path in tmp_path.glob("parity-1b-*/gradients.pt")}
-    assert kept == {"parity-1b-baseline-causal", "parity-1b-baseline-causal-fp32"}
+    own = {f"parity-1b-{framework}-baseline-causal" for framework in ("deepspeed", "megatron")}
+    assert kept == own | {f"{name}-fp32" for name in own}
     assert rows["speed-x"]["tokens_per_s"] == pytest.approx(10_000)
     out = capsys.readouterr().out
     assert "- `speed-y`: crashed: rank 0" in out
     assert "- `speed-z`: its time ended after 2 steps" in out
+
+
+def test_parity_is_judged_while_others_train_once_the_baselines_have_ended(cells, table, tmp_path, capsys):
+    own = "parity-1b-deepspeed-baseline-causal"
+    early, baseline, exact, late = (
+        run(cells, name, 1) for name in ("parity-1b-early", own, f"{own}-fp32", "parity-1b-late")
+    )
+    mine = step(cells, tmp_path)
+    judge = cells.Judge(mine, [baseline, exact, early, late])
+
+    def end(one, losses: list[float], dtype: str = "bf16") -> list[str]:
+        record(tmp_path / one.name, losses, dtype)
+        judge.ended(one)
+        judge.compared[-1].result()
+        return [line.partition(" ")[2] for line in capsys.readouterr().out.splitlines()]
+
+    assert end(early, [4.006, 3.0]) == []
+    assert end(baseline, [4.0, 3.0]) == []
+    assert (tmp_path / early.name / "gradients.pt").exists()
+    assert end(exact, [4.004, 3.0], "fp32") == ["parity-1b-early: pass"]
+    (line,) = end(late, [4.01, 3.0])
+    assert line.startswith("parity-1b-late: fail; loss in the first 10 steps deviates by 2.5e-03")
+    judge.close()
+    kept = {path.parent.name for path in tmp_path.glob("*/gradients.pt")}
+    assert kept == {baseline.name, exact.name}  # the others are compared, and large
+
+
+def test_every_run_that_ended_is_judged_the_last_of_a_launch_as_well(cells, tmp_path):
+    ranks(tmp_path, most=10)
+    runs, mine, ended = [run(cells, name, 1) for name in "abc"], step(cells, tmp_path), []
+    mine.judge = SimpleNamespace(ended=lambda one: ended.append(one.name))
+    cells.do(mine, runs, "all")
+    assert ended == ["a", "b", "c"]
 
 
 def test_the_longest_of_a_series_is_one_row_beside_the_first_that_lacked_memory(table, tmp_path, capsys):
