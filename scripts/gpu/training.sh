@@ -36,16 +36,22 @@ else
 fi
 if ((GPUS)); then
     ((GPUS >= WORLD && WORLD >= 1)) || { echo "$WORLD processes need as many GPUs; there are $GPUS" >&2; exit 2; }
-    if [[ -z "${KERNELS:-}" ]]; then
-        KERNELS="triton,sdpa_flash$("$PYTHON" -c 'from lcab_plugin.kernels import get
-print(*("," + name for name in ("cudnn", "fa4") if not get(name).unavailable()), sep="")')"
-    fi
+    SURE=triton,sdpa_flash OTHERS=cudnn,fa4
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}" # first values of the model are copied on the CPU
 else
     echo "no GPU: a rehearsal over gloo" >&2
-    KERNELS="${KERNELS:-sdpa_flash,naive}"
+    SURE=sdpa_flash,naive OTHERS=
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" DS_ACCELERATOR=cpu
 fi
+# A kernel that cannot run would fail run by run, each with a new start of the ranks.
+KERNELS="$("$PYTHON" -c 'import sys
+from lcab_plugin.kernels import get
+given, sure, others = ([name for name in names.split(",") if name] for names in sys.argv[1:])
+for name in given or sure:
+    if reason := get(name).unavailable():
+        sys.exit(f"kernel {name!r} cannot run here: {reason}")
+print(",".join(given or [*sure, *(name for name in others if not get(name).unavailable())]))' \
+    "${KERNELS:-}" "$SURE" "$OTHERS")" || exit 2
 
 probe() {
     "$PYTHON" -c 'import deepspeed, megatron.core, torch, triton
