@@ -154,9 +154,9 @@ def plan(
                 raise unknown(kind, name, known)
     strategies = [strategy_name(name) for name in strategies]
     cells: list[Cell] = []
-    with_baseline, roles = frameworks, ("baseline", "fp32 baseline")
-    if dtype == "fp32":
-        with_baseline, roles = frameworks[:1], roles[:1]
+    low = dtype != "fp32"
+    with_baseline = frameworks if low else frameworks[:1]
+    roles = ["baseline", "fp32 baseline"] if low else ["baseline"]
     for mask in mask_names:
         for framework, role in product(with_baseline, roles):
             cells.append(Cell(mask, "naive", "none", role=role, framework=framework))

@@ -19,8 +19,9 @@ PRESETS = {  # 1b and 7b are the shapes of Llama 3.2 1B and Mistral 7B
     "7b": (32, 4096, 32, 8, 14336, 32768),
 }
 # Learning rates, after ten steps of warm-up: less the wider the model, for Adam's first steps change a
-# matrix's every entry by the rate, and outputs by as many of them as it has columns.
-RATES = {"tiny": 1e-3, "125m": 1e-3, "1b": 1e-4, "7b": 5e-5}
+# matrix's every entry by the rate, and outputs by as many of them as it has columns. At 1e-3 125m in bf16 lay
+# 9% from float32 after a batch in which six tokens count; at 3e-4 it stays within 0.1%, and ends lower.
+RATES = {"tiny": 1e-3, "125m": 3e-4, "1b": 1e-4, "7b": 5e-5}
 ROPE_BASE = 500_000
 NORM_EPSILON = 1e-6
 

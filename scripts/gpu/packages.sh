@@ -31,7 +31,7 @@ pack() { # NAME
     mkdir "$work/$1/site"
     # not by `pip install --target`: some share a folder, which it replaces
     for wheel in "$work/$1"/*.whl; do "$PYTHON" -m zipfile -e "$wheel" "$work/$1/site"; done
-    tar cf - -C "$work/$1/site" . | xz --threads=0 --x86 --lzma2=preset=6,dict=64MiB > "$OUT/$1.tar.xz"
+    tar cf - -C "$work/$1/site" . | xz --threads=1 --x86 --lzma2=preset=9,dict=256MiB > "$OUT/$1.tar.xz"
     ls -lh "$OUT/$1.tar.xz"
 }
 
