@@ -131,8 +131,9 @@ def parity_of(preset: str, world: int, kernels: Sequence[str]) -> Iterator[Run]:
         cells += [("deepspeed", ours, "ring_p2p", 3)]
         cells += [("deepspeed", BASELINE, s, 1) for s in ("ulysses", "ring_p2p") if ours != BASELINE]
         every = strategies_over(world)
-        cells += [(framework, kernel, s, 1) for framework, kernel, s in product(SCRIPTS, trained, every)]
+        cells += [("deepspeed", *cell, 1) for cell in product(trained, every)]
         cells += [("deepspeed", ours, s, 3) for s in every]
+        cells += [("megatron", *cell, 1) for cell in product(trained, every)]
     for framework, kernel, strategy, zero in dict.fromkeys(cells):
         name = f"parity-{preset}-{framework}-{kernel}-{strategy}-zero{zero}"
         flags = {**shape, "kernel": kernel, "strategy": strategy}
