@@ -306,9 +306,8 @@ def _judge(
         if cell.role == "fp32 baseline":
             budgets[own] = twice(result.deviations)
             first = baselines.setdefault(exact, trace)
-            apart = different_runs(first, trace, settings.steps)
-            apart = apart or over_budget(deviations(first, trace, "fp32"), FP32)
-            result.problems = [f"beside the first framework in fp32: {problem}" for problem in apart]
+            if first is not trace:
+                _compare_in_fp32(result, first, trace, settings.steps)
         elif cell.role is None:
             result.budget = budgets.get(own)
             if result.budget is None:
@@ -318,6 +317,15 @@ def _judge(
     result.status = "fail" if result.problems else "pass"
     if result.status == "pass" and cell.role is None:
         _gradients(cell, settings).unlink()  # kept where someone will look at them
+
+
+def _compare_in_fp32(result: Result, first: Trace, trace: Trace, steps: int) -> None:
+    """Show and judge a framework's float32 baseline beside the first framework's."""
+    problems, result.budget = different_runs(first, trace, steps), FP32
+    if not problems:
+        result.deviations = deviations(first, trace, "fp32")
+        problems = over_budget(result.deviations, FP32)
+    result.problems = [f"beside the first framework in fp32: {problem}" for problem in problems]
 
 
 def passed(results: Sequence[Result], strict: bool = False) -> bool:

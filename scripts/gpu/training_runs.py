@@ -19,6 +19,7 @@ CUDA = torch.cuda.is_available()
 BASELINE = "sdpa_flash"
 EXACT = "sdpa_efficient" if CUDA else "sdpa_flash"  # PyTorch's fused kernel that takes float32
 NO_DOCUMENTS = ("sdpa_cudnn",)  # builds a plan for every length of a document that it meets: minutes
+BY_LENGTHS = ("cudnn",)  # builds a graph for every new bucket of them: in most of so few steps
 NO_MEMORY = re.compile("out of memory|ALLOC_FAILED", re.IGNORECASE)  # of torch, Triton, NCCL; of cuBLAS
 SHORTER = 64  # a rehearsal's sequences are so many times shorter
 SCRIPTS = {"deepspeed": "examples/train_gpt.py", "megatron": "examples/train_gpt_megatron.py"}
@@ -162,6 +163,7 @@ def step_times(
         shape: dict[str, Any] = {"preset": preset, "seqlen": seqlen, "kernel": kernel, "strategy": strategy}
         shape |= {"mask": mask, "doc_lengths": "pile"}
         shape["steps"] = {8192: 8, 32768: 6}.get(seqlen, 4 if mask == DOCUMENTS else 3)
+        shape["steps"] *= 3 if kernel in BY_LENGTHS and mask == DOCUMENTS else 1
         same: dict[str, Any] = {"zero": zero, "recompute": recompute, "more": more}
         yield training("-".join(map(str, ["speed", *parts])), gpus, framework, **same, **shape)
 
