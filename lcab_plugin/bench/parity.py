@@ -43,6 +43,7 @@ from lcab_plugin.training import records
 _WARM_UP = 2  # steps left out of the step time
 _DTYPES = ("fp32", "bf16")
 FRAMEWORKS = tuple(SCRIPTS)
+_Of = tuple[str, str | None]  # a mask and a framework, or None: what holds in float32, for all of them
 
 
 @dataclass(frozen=True)
@@ -186,8 +187,8 @@ def run(
         raise LcabError(f"{settings.out} holds a comparison already; give another --out.")
     config = _write_config(settings)
     results: list[Result] = []
-    baselines: dict[tuple[str, str | None], Trace] = {}
-    budgets: dict[tuple[str, str | None], Budget] = {}
+    baselines: dict[_Of, Trace] = {}
+    budgets: dict[_Of, Budget] = {}
     for cell in cells:
         outcome = _train(cell, settings, config, watch)
         result, trace = _read(cell, settings, outcome)
@@ -285,13 +286,12 @@ def _judge(
     result: Result,
     trace: Trace,
     settings: Settings,
-    baselines: dict[tuple[str, str | None], Trace],
-    budgets: dict[tuple[str, str | None], Budget],
+    baselines: dict[_Of, Trace],
+    budgets: dict[_Of, Budget],
 ) -> None:
-    """Fill in how the run compares, and keep what the later cells of its mask are compared with: baseline and
-    budget by mask and framework, None what is of all frameworks: in float32."""
+    """Fill in how the run compares, and keep what the later cells of its mask are compared with."""
     cell = result.cell
-    own, exact = (cell.mask, None if settings.dtype == "fp32" else cell.framework), (cell.mask, None)
+    own = cell.mask, None if settings.dtype == "fp32" else cell.framework
     if cell.role == "baseline":
         baselines[own] = trace  # compared with itself: it must at least be whole and finite
         if settings.dtype == "fp32":
@@ -305,7 +305,7 @@ def _judge(
         result.deviations = deviations(baseline, trace, settings.dtype)
         if cell.role == "fp32 baseline":
             budgets[own] = twice(result.deviations)
-            first = baselines.setdefault(exact, trace)
+            first = baselines.setdefault((cell.mask, None), trace)
             if first is not trace:
                 _compare_in_fp32(result, first, trace, settings.steps)
         elif cell.role is None:

@@ -14,6 +14,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 mkdir -p "$1"
 OUT="$(cd "$1" && pwd)"; shift
 PYTHON="${PYTHON:-python3}" FOR="${FOR:-3.12}"
+for one in ${*:-frameworks cudnn fa4}; do
+    case "$one" in
+        frameworks | cudnn | fa4) ;;
+        *) echo "no part is called $one" >&2; exit 2 ;;
+    esac
+done
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
 
@@ -31,7 +37,8 @@ pack() { # NAME
     mkdir "$work/$1/site"
     # not by `pip install --target`: some share a folder, which it replaces
     for wheel in "$work/$1"/*.whl; do "$PYTHON" -m zipfile -e "$wheel" "$work/$1/site"; done
-    tar cf - -C "$work/$1/site" . | xz --threads=1 --x86 --lzma2=preset=9,dict=256MiB > "$OUT/$1.tar.xz"
+    tar cf - -C "$work/$1/site" . | xz --threads=1 --x86 --lzma2=preset=9,dict=256MiB > "$work/$1.tar.xz"
+    mv "$work/$1.tar.xz" "$OUT" # whole or not at all
     ls -lh "$OUT/$1.tar.xz"
 }
 
@@ -52,7 +59,6 @@ for part in "${@:-frameworks cudnn fa4}"; do
                 fetch "$work/$one" flash-attn-4==4.0.0b36 quack-kernels==0.6.5 apache-tvm-ffi==0.1.15.post2 \
                     torch-c-dlpack-ext==0.1.5 einops $cutlass==4.8.1 $cutlass-libs-{base,core,cu13}==4.8.1
                 ;;
-            *) echo "no part is called $one" >&2; exit 2 ;;
         esac
         pack "$one"
     done

@@ -45,11 +45,15 @@ else
 fi
 # A kernel that cannot run would fail run by run, each with a new start of the ranks.
 KERNELS="$("$PYTHON" -c 'import sys
+from lcab_plugin.errors import LcabError
 from lcab_plugin.kernels import get
 given, sure, others = ([name for name in names.split(",") if name] for names in sys.argv[1:])
-for name in given or sure:
-    if reason := get(name).unavailable():
-        sys.exit(f"kernel {name!r} cannot run here: {reason}")
+try:
+    for name in given or sure:
+        if reason := get(name).unavailable():
+            sys.exit(f"kernel {name!r} cannot run here: {reason}")
+except LcabError as error:  # no kernel has that name
+    sys.exit(str(error))
 print(",".join(given or [*sure, *(name for name in others if not get(name).unavailable())]))' \
     "${KERNELS:-}" "$SURE" "$OTHERS")" || exit 2
 
