@@ -98,7 +98,7 @@ class Judge:
 
     def compare(self, run: Run) -> None:
         """All that can be compared now."""
-        self.waiting += [] if run in self.baselines else [run]
+        self.waiting.append(run)
         if self.step.left(self.baselines):
             return
         while self.waiting:

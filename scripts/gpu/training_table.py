@@ -15,6 +15,7 @@ import json
 import statistics
 import sys
 from dataclasses import asdict
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -56,34 +57,57 @@ def trace(folder: Path) -> compare.Trace:
 
 
 class Parity:
-    """A baseline in the folder, and the budget that it gives."""
+    """A baseline in the folder, and the budget that it gives. What was compared is kept beside the records:
+    gradients are large (4 GB of preset 1b) and read only for what was not."""
 
     def __init__(self, out: Path, name: str) -> None:
         self.name = name
-        first, exact = (out / name / "metrics.jsonl" for name in (self.name, f"{self.name}-fp32"))
-        self.baseline = trace(first.parent) if first.exists() else None
-        self.budget: compare.Budget | None = None
+        self.first, self.exact = (out / name / "metrics.jsonl" for name in (name, f"{name}-fp32"))
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """Of the baseline."""
+        return records.read(self.first)[0]
+
+    @cached_property
+    def baseline(self) -> compare.Trace | None:
+        """What it left."""
+        return trace(self.first.parent) if self.first.exists() else None
+
+    @cached_property
+    def budget(self) -> compare.Budget | None:
+        """From the baseline and its float32 twin."""
+        kept = self.first.with_name("budget.json")
+        if kept.exists():
+            return compare.Budget(**json.loads(kept.read_text()))
+        found = self.budget_anew()
+        if found:
+            kept.write_text(json.dumps(asdict(found)) + "\n")
+        return found
+
+    def budget_anew(self) -> compare.Budget | None:
+        """The same, without what was kept."""
         if self.baseline is None:
-            return
-        facts = records.read(first)[0]
-        self.dtype = facts["dtype"]
-        if self.dtype == "fp32":
-            self.budget = compare.FP32
-        elif exact.exists():
-            twin = trace(exact.parent)
-            if not compare.different_runs(self.baseline, twin, facts["steps"]):
-                self.budget = compare.twice(compare.deviations(self.baseline, twin, self.dtype))
+            return None
+        if self.facts["dtype"] == "fp32":
+            return compare.FP32
+        if not self.exact.exists():
+            return None
+        twin = trace(self.exact.parent)
+        if compare.different_runs(self.baseline, twin, self.facts["steps"]):
+            return None
+        return compare.twice(compare.deviations(self.baseline, twin, self.facts["dtype"]))
 
     def judge(self, folder: Path, steps: int) -> dict[str, Any]:
-        """Deviations, verdict and problems of a run, kept beside its records in place of its gradients, which
-        are large (4 GB of preset 1b)."""
+        """Deviations, verdict and problems of a run, in place of its gradients but for those of baselines."""
         kept = folder / "compared.json"
         if kept.exists():
             return dict(json.loads(kept.read_text()))
         found = self.compare(folder, steps)
-        if found["verdict"] in ("pass", "fail") and "-baseline-" not in folder.name:
+        if "loss" in found and found["verdict"] != "no budget":
             kept.write_text(json.dumps(found) + "\n")
-            (folder / "gradients.pt").unlink()
+            if "-baseline-" not in folder.name:
+                (folder / "gradients.pt").unlink()
         return found
 
     def compare(self, folder: Path, steps: int) -> dict[str, Any]:
@@ -93,7 +117,7 @@ class Parity:
         run = trace(folder)
         if problems := compare.different_runs(self.baseline, run, steps):
             return {"verdict": "not comparable", "problems": problems}
-        found = compare.deviations(self.baseline, run, self.dtype)
+        found = compare.deviations(self.baseline, run, self.facts["dtype"])
         if folder.name.startswith(self.name):
             exact = folder.name.endswith("-fp32")
             return {**asdict(found), "verdict": "baseline in fp32" if exact else "baseline"}
