@@ -164,7 +164,8 @@ def row(out: Path, folder: Path, parities: dict[str, Parity]) -> dict[str, Any]:
     found |= {
         "preset": flags.get("--preset"),
         "layout": attention["layout"] if run["cp"] > 1 else None,
-        "zero": run.get("zero_stage"),
+        # Megatron's counterpart of stage 1 is its distributed optimizer
+        "zero": run.get("zero_stage", int("--distributed-optimizer" in run["command"])),
         "recomputed": recomputed(run),
         "timed": len(warm),
         "step_ms": step_ms,
