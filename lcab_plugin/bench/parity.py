@@ -31,8 +31,8 @@ from lcab_plugin.bench.compare import (
     Trace,
     deviations,
     different_runs,
-    low_precision,
     over_budget,
+    twice,
 )
 from lcab_plugin.bench.launch import SCRIPTS, Outcome, launch
 from lcab_plugin.context_parallel import strategy_name
@@ -304,7 +304,7 @@ def _judge(
     if baseline is not None and not result.problems:
         result.deviations = deviations(baseline, trace, settings.dtype)
         if cell.role == "fp32 baseline":
-            budgets[own] = low_precision(result.deviations)
+            budgets[own] = twice(result.deviations)
             first = baselines.setdefault((cell.mask, None), trace)
             if first is not trace:
                 _compare_in_fp32(result, first, trace, settings.steps)

@@ -69,9 +69,8 @@ def parity(
 
     Baseline of a mask: kernel naive, strategy none (data parallel over the same processes, same global
     batch). In fp32 it is in the first framework and the bounds are fixed. In bf16 every framework has its
-    own, since each rounds in its own places, and the bounds are four times what it differs by from the same
-    run in fp32, after ten steps in nine of ten, twice for the gradients of step 0; the fp32 runs of two
-    frameworks are compared.
+    own, since each rounds in its own places, and the bounds are twice what it differs by from the same run in
+    fp32, after ten steps four times, in nine of ten steps; the fp32 runs of two frameworks are compared.
 
     Exit status 0 if every cell that ran passes; a cell that cannot run shows its reason and is no failure,
     unless --strict or none at all was compared. 1 if a cell deviates, crashes or hangs, or a baseline is

@@ -14,7 +14,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 mkdir -p "$1"
 OUT="$(cd "$1" && pwd)"; shift
 PYTHON="${PYTHON:-python3}" FOR="${FOR:-3.12}"
-for one in ${*:-frameworks cudnn fa4}; do
+read -ra PARTS <<< "${*:-frameworks cudnn fa4}"
+for one in "${PARTS[@]}"; do
     case "$one" in
         frameworks | cudnn | fa4) ;;
         *) echo "no part is called $one" >&2; exit 2 ;;
@@ -42,24 +43,22 @@ pack() { # NAME
     ls -lh "$OUT/$1.tar.xz"
 }
 
-for part in "${@:-frameworks cudnn fa4}"; do
-    for one in $part; do
-        mkdir "$work/$one"
-        case "$one" in
-            frameworks)
-                fetch "$work/$one" megatron-core pydantic pydantic_core annotated-types typing-inspection hjson \
-                    py-cpuinfo einops
-                # DeepSpeed is published as source; without operators its wheel is of any platform
-                DS_BUILD_OPS=0 "$PYTHON" -m pip wheel --quiet --no-deps --constraint scripts/requirements-ci.txt \
-                    --wheel-dir "$work/$one" deepspeed
-                ;;
-            cudnn) fetch "$work/$one" nvidia-cudnn-frontend==1.32.0 ;;
-            fa4)
-                cutlass=nvidia-cutlass-dsl
-                fetch "$work/$one" flash-attn-4==4.0.0b36 quack-kernels==0.6.5 apache-tvm-ffi==0.1.15.post2 \
-                    torch-c-dlpack-ext==0.1.5 einops $cutlass==4.8.1 $cutlass-libs-{base,core,cu13}==4.8.1
-                ;;
-        esac
-        pack "$one"
-    done
+for one in "${PARTS[@]}"; do
+    mkdir "$work/$one"
+    case "$one" in
+        frameworks)
+            fetch "$work/$one" megatron-core pydantic pydantic_core annotated-types typing-inspection hjson \
+                py-cpuinfo einops
+            # DeepSpeed is published as source; without operators its wheel is of any platform
+            DS_BUILD_OPS=0 "$PYTHON" -m pip wheel --quiet --no-deps --constraint scripts/requirements-ci.txt \
+                --wheel-dir "$work/$one" deepspeed
+            ;;
+        cudnn) fetch "$work/$one" nvidia-cudnn-frontend==1.32.0 ;;
+        fa4)
+            cutlass=nvidia-cutlass-dsl
+            fetch "$work/$one" flash-attn-4==4.0.0b36 quack-kernels==0.6.5 apache-tvm-ffi==0.1.15.post2 \
+                torch-c-dlpack-ext==0.1.5 einops $cutlass==4.8.1 $cutlass-libs-{base,core,cu13}==4.8.1
+            ;;
+    esac
+    pack "$one"
 done

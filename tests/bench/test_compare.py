@@ -7,15 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lcab_plugin.bench.compare import (
-    FP32,
-    Deviations,
-    Trace,
-    deviations,
-    different_runs,
-    low_precision,
-    over_budget,
-)
+from lcab_plugin.bench.compare import FP32, Deviations, Trace, deviations, different_runs, over_budget, twice
 
 STEPS = 12
 
@@ -52,7 +44,7 @@ def test_rounding_passes() -> None:
 
 def test_runs_that_part_at_a_few_late_batches_pass_in_a_low_precision() -> None:
     """Nine in ten late steps count, and one more is a difference; in fp32 all count."""
-    budget = low_precision(Deviations(1e-4, 1e-4, 1e-4, 1e-4, 1e-4, "key.weight"))
+    budget = twice(Deviations(1e-4, 1e-4, 1e-4, 1e-4, 1e-4, "key.weight"))
     baseline, run = (
         Trace([{**trace().steps[0], "step": i, "batch_digest": str(i)} for i in range(30)], trace().gradients)
         for _ in range(2)
@@ -130,9 +122,9 @@ def test_a_gradient_that_should_be_zero() -> None:
     assert over_budget(deviations(baseline, run, "fp32"), FP32)
 
 
-def test_the_budget_of_a_low_precision_is_a_multiple_of_the_baselines_own_error() -> None:
-    budget = low_precision(Deviations(1e-3, 4e-3, 1e-2, 4e-3, 3e-3, "key.weight"))
-    at_the_edge = Deviations(4e-3, 1.6e-2, 4e-2, 4e-2, 6e-3, "key.weight")
+def test_the_budget_of_a_low_precision_is_twice_the_baselines_own_error() -> None:
+    budget = twice(Deviations(1e-3, 4e-3, 1e-2, 4e-3, 3e-3, "key.weight"))
+    at_the_edge = Deviations(2e-3, 1.6e-2, 2e-2, 2e-2, 6e-3, "key.weight")
     assert over_budget(at_the_edge, budget) == []
     for name in ("loss", "loss_later", "grad_norm", "grad_norm_later", "gradient"):
         found = over_budget(
