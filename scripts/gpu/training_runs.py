@@ -107,7 +107,8 @@ def strategies_over(world: int) -> Sequence[str]:
 def parity_of(preset: str, world: int, kernels: Sequence[str]) -> Iterator[Run]:
     """First on one GPU each, side by side, the baselines of each framework with their float32 twins, and what
     else needs one GPU. One GPU has time for both masks. Of several those that tell most come before the rest
-    of every kernel under every strategy."""
+    of every kernel under every strategy, and last every strategy in float32: what is left there is no
+    rounding."""
     shape: dict[str, Any] = {"preset": preset, "seqlen": 8192, "steps": 50, "strategy": "none"}
     shape |= {"mask": DOCUMENTS, "loss_mask": "uneven", "doc_lengths": "pile"}
     ours, trained = kernels[0], [kernel for kernel in kernels if kernel not in NO_DOCUMENTS]
@@ -139,6 +140,10 @@ def parity_of(preset: str, world: int, kernels: Sequence[str]) -> Iterator[Run]:
         name = f"parity-{preset}-{framework}-{kernel}-{strategy}-zero{zero}"
         flags = {**shape, "kernel": kernel, "strategy": strategy}
         yield training(name, range(world), framework, zero=zero, **flags)
+    for framework, strategy in product(SCRIPTS, strategies_over(world) if world > 1 else ()):
+        name = f"parity-{preset}-{framework}-{EXACT}-{strategy}-zero1-fp32"
+        flags = {**shape, "dtype": "fp32", "kernel": EXACT, "strategy": strategy}
+        yield training(name, range(world), framework, **flags)
 
 
 def step_times(

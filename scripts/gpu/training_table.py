@@ -5,8 +5,8 @@
 A run is compared with the baseline of its preset, framework and mask, in the folder
 parity-PRESET-FRAMEWORK-baseline-MASK, by the rules of `lcab parity`: the same tokens, losses, gradient norms
 and step-0 gradients; in bf16 within twice what the baseline differs by from its float32 twin, after ten steps
-four times. Megatron's float32 twin is compared with DeepSpeed's as in fp32. Times are medians of the steps
-after the first two.
+four times. Runs in float32 are compared with their framework's twin, and Megatron's twin with DeepSpeed's, by
+the bounds of fp32. Times are medians of the steps after the first two.
 """
 
 from __future__ import annotations
@@ -115,11 +115,13 @@ class Parity:
 
 
 def baseline_of(name: str, framework: str, mask: str) -> str:
-    """What the run of that name is compared with: the float32 twin of a second framework with that of the
-    first."""
+    """What the run of that name is compared with: one in float32 with its framework's float32 twin, and that
+    of a second framework with that of the first."""
     preset, frameworks = name.split("-")[1], (framework, next(iter(SCRIPTS)))
     own, first = (f"parity-{preset}-{of}-baseline-{mask}" for of in frameworks)
-    return f"{first}-fp32" if name == f"{own}-fp32" and own != first else own
+    if not name.endswith("-fp32") or name == f"{first}-fp32":
+        return own
+    return f"{first}-fp32" if name == f"{own}-fp32" else f"{own}-fp32"
 
 
 def recomputed(run: dict[str, Any]) -> str | None:

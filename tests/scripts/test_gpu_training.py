@@ -242,10 +242,13 @@ def test_documents_of_every_length_go_through_every_kernel_strategy_and_framewor
         for strategy in strategies:
             assert f"speed-deepspeed-{shape}-triton-{strategy}{recompute}-zero3" in names
     if world > 1:
+        exact = importlib.import_module("training_runs").EXACT
         for preset, kernel, strategy in product(("125m", "1b"), kernels, strategies):
             for framework in ("deepspeed", "megatron"):
                 assert f"parity-{preset}-{framework}-{kernel}-{strategy}-zero1" in names
             assert f"parity-{preset}-deepspeed-triton-{strategy}-zero3" in names
+        for preset, framework, strategy in product(("125m", "1b"), ("deepspeed", "megatron"), strategies):
+            assert f"parity-{preset}-{framework}-{exact}-{strategy}-zero1-fp32" in names
 
 
 def test_one_gpu_trains_every_kernel_at_every_length_in_both_frameworks(cells):
@@ -309,6 +312,9 @@ def test_the_table_judges_by_the_rules_of_lcab_parity(table, tmp_path, capsys):
     record(tmp_path / "parity-1b-megatron-baseline-causal-fp32", [4.00401, 3.0, 2.0], "fp32")
     record(tmp_path / "parity-1b-megatron-near", [4.02, 3.0, 2.0])  # within twice 1.5e-3
     record(tmp_path / "parity-1b-megatron-far", [4.025, 3.0, 2.0])
+    # In float32 over several GPUs: beside the twin of its framework.
+    record(tmp_path / "parity-1b-megatron-near-fp32", [4.00403, 3.0, 2.0], "fp32")
+    record(tmp_path / "parity-1b-deepspeed-far-fp32", [4.00406, 3.0, 2.0], "fp32")
     record(tmp_path / "parity-125m-near", [4.0, 3.0, 2.0])  # its preset has no baseline here
     record(tmp_path / "speed-x", [4.0, 3.0, 2.0])
     failed(tmp_path / "speed-y", "crashed: rank 0")
@@ -327,6 +333,8 @@ def test_the_table_judges_by_the_rules_of_lcab_parity(table, tmp_path, capsys):
         "parity-1b-megatron-baseline-causal-fp32": "pass",
         "parity-1b-megatron-near": "pass",
         "parity-1b-megatron-far": "fail",
+        "parity-1b-megatron-near-fp32": "pass",
+        "parity-1b-deepspeed-far-fp32": "fail",
         "parity-125m-near": "no baseline",
         "speed-x": None,
         "speed-y": "did not end",
