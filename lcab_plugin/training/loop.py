@@ -139,10 +139,17 @@ def warm(step: int, steps: int) -> float:
 def run(trainer: Trainer, job: Job) -> None:
     """Train from ``job.first_step`` to ``--steps``; records go to ``--out``. Ctrl-C ends it with status 130.
 
+    Matrix products are added up in float32 from here on. PyTorch lets cuBLAS add the parts of one that it
+    splits up in bf16 or fp16, and which ones it splits depends on how many tokens a rank has: on two H200s
+    losses of the first ten steps lay 0.4 to 3.2 times as far from those of one GPU as that from float32,
+    added up in float32 0.3 to 0.9 times, in the same time.
+
     Raises:
         LcabError: the records cannot be written, ``--recall`` finds no room, or the loss is no number any
             more.
     """
+    product = torch.backends.cuda.matmul
+    product.allow_bf16_reduced_precision_reduction = product.allow_fp16_reduced_precision_reduction = False
     args = job.args
     name = args.name or f"{args.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     path, leads = Path(args.out, name, "metrics.jsonl"), collectives.rank() == 0

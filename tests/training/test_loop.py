@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -47,3 +49,34 @@ def test_memory_is_looked_at_in_the_steps_whose_time_does_not_count(
     assert told == [False] * looked_at + [True] * (steps - first - looked_at)
     assert end["warm_up_steps"] == untimed
     assert end["times"]["step"]["repeats"] == steps - first - untimed
+
+
+@pytest.fixture
+def reductions() -> Iterator[Callable[[], list[bool]]]:
+    """Whether bf16 and fp16 products may be added up in their own type; PyTorch's default at first."""
+    product = torch.backends.cuda.matmul
+    flags = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    before = [getattr(product, flag) for flag in flags]
+    for flag in flags:
+        setattr(product, flag, True)
+    yield lambda: [getattr(product, flag) for flag in flags]
+    for flag, value in zip(flags, before, strict=True):
+        setattr(product, flag, value)
+
+
+def test_matrix_products_are_added_up_in_float32(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, reductions: Callable[[], list[bool]]
+) -> None:
+    seen: list[bool] = []
+
+    def train(*given: Any) -> dict[str, Any]:
+        seen.extend(reductions())
+        return {"loss": 1.0, "validation_loss": None}
+
+    monkeypatch.setattr(loop, "_train", train)
+    given = {"name": "one", "preset": "tiny", "out": str(tmp_path), "steps": 1, "resume": None, "recall": 0}
+    model: Any = SimpleNamespace(parameters=1)
+    job = loop.Job(argparse.Namespace(**given), model, 1, "bf16", 1, {}, {}, (None, None))  # type: ignore[arg-type]
+    assert reductions() == [True, True]
+    loop.run(Trainer(), job)  # type: ignore[arg-type]
+    assert seen == [False, False]
