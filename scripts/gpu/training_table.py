@@ -87,8 +87,10 @@ class Parity:
         """How far a run is from the baseline, or why that cannot be said. Kept beside the run's records in
         place of its gradients, which are large (4 GB of preset 1b); baselines keep theirs."""
         kept = folder / f"beside-{self.name}.json"
-        if kept.exists():
+        if kept.exists() and kept.stat().st_mtime >= self.first.stat().st_mtime:
             return compare.Deviations(**json.loads(kept.read_text()))
+        if kept.exists() and not (folder / "gradients.pt").exists():
+            return ["was compared with an earlier run of its baseline; remove its folder to run it again"]
         run = trace(folder)
         if problems := compare.different_runs(self.baseline, run, steps):
             return problems
